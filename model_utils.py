@@ -1,0 +1,485 @@
+"""A decoder-only Transformer (Llama, Qwen2, Qwen3) that samples and trains with the same weights and the same code.
+
+    model, tokenizer = load_model("Qwen/Qwen3-1.7B")          # or any Hugging Face folder
+    logits = model(tokens)                                    # [B, T] -> [B, T, V]
+    logprobs = token_logprobs(model, tokens)                  # [B, T] -> [B, T-1], never holding [B, T, V]
+    save_model(model, tokenizer, "my-model")                  # transformers and vLLM load it
+
+Parameter names are those of Hugging Face checkpoints, so that reading and writing one renames nothing. The model knows
+nothing of distribution: `shard` applies FSDP2 from outside and `gather_model` undoes it for sampling.
+
+Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads, G = H/K, E head size.
+"""
+
+import functools
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoTokenizer
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position: int
+    tie_embeddings: bool
+    qkv_bias: bool      # Qwen2, or Llama and Qwen3 with attention_bias
+    out_bias: bool      # Llama and Qwen3 with attention_bias
+    mlp_bias: bool
+    qk_norm: bool       # Qwen3
+
+    @classmethod
+    def from_hf(cls, hf) -> "ModelConfig":
+        """Read a transformers config. Raises ValueError, naming the setting, for whatever this Transformer does not do."""
+        if hf.model_type not in FAMILIES:
+            raise ValueError(f"architecture {hf.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        if getattr(hf, "quantization_config", None):
+            raise ValueError("the model is quantised (config.json has quantization_config); give the unquantised one")
+        if hf.hidden_act != "silu":
+            raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported; supported: 'silu'")
+        if getattr(hf, "use_sliding_window", False):
+            raise ValueError("use_sliding_window: true is not supported; supported: full attention in every layer")
+        # transformers 5 keeps every RoPE setting in rope_parameters, transformers 4 in rope_theta and rope_scaling.
+        rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise ValueError(f"rope_type {rope_type!r} is not supported; supported: 'default', 'llama3'")
+        scaling = None
+        if rope_type == "llama3":
+            scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
+                                  rope["original_max_position_embeddings"])
+        attention_bias = getattr(hf, "attention_bias", False)
+        return cls(
+            vocab_size=hf.vocab_size, hidden_size=hf.hidden_size, intermediate_size=hf.intermediate_size,
+            num_layers=hf.num_hidden_layers, num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            norm_eps=hf.rms_norm_eps, rope_theta=rope.get("rope_theta") or getattr(hf, "rope_theta", None) or 10_000.0,
+            rope_scaling=scaling, max_position=hf.max_position_embeddings, tie_embeddings=hf.tie_word_embeddings,
+            qkv_bias=hf.model_type == "qwen2" or attention_bias, out_bias=hf.model_type != "qwen2" and attention_bias,
+            mlp_bias=getattr(hf, "mlp_bias", False), qk_norm=hf.model_type == "qwen3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Transformer
+
+@functools.lru_cache
+def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Angular frequency of each pair of head dimensions, radians per position: [E/2] float32."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta ** exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Turns made within the original context decide: few turns are stretched, many kept, in between linear in the turns.
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    keep = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [B, heads, T, E]; cos and sin [B, 1, T, E], pairs being (i, i + E/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of B sequences of up to S positions, for every layer. Row b holds `lengths[b]` valid positions;
+    what lies beyond them is overwritten before it is ever attended to."""
+
+    def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
+        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)   # [L, B, K, S, E]
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, cache=None):
+        """x [B, T, D] -> [B, T, D]. `cache` is this layer's (keys, values, positions [B, T], span), see Transformer."""
+        c, (B, T, _) = self.config, x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, c.num_heads, c.head_dim)).transpose(1, 2)       # [B, H, T, E]
+        k = self.k_norm(self.k_proj(x).view(B, T, c.num_kv_heads, c.head_dim)).transpose(1, 2)    # [B, K, T, E]
+        v = self.v_proj(x).view(B, T, c.num_kv_heads, c.head_dim).transpose(1, 2)                 # [B, K, T, E]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            keys, values, positions, span = cache                                                 # [B, K, S, E]
+            rows = torch.arange(B, device=x.device)[:, None]
+            keys[rows, :, positions] = k.transpose(1, 2)
+            values[rows, :, positions] = v.transpose(1, 2)
+        if cache is not None and T == 1:
+            # One new position: the G query heads of a group ask the same keys, so they stand as G queries of one head.
+            seen = torch.arange(span, device=x.device) <= positions                               # [B, span]
+            out = F.scaled_dot_product_attention(q.view(B, c.num_kv_heads, -1, c.head_dim), keys[:, :, :span],
+                                                 values[:, :, :span], attn_mask=seen[:, None, None])
+            out = out.reshape(B, 1, -1)
+        else:   # whole sequences, padded on the right: causal attention never looks at the padding
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.num_kv_heads < c.num_heads)
+            out = out.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(out)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """`config` gives the shape; `hf_config`, `generation_config` and `stop_ids` come from the folder it was read from."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
+            "norm": RMSNorm(config.hidden_size, config.norm_eps)})
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.hf_config = None
+        self.generation_config: dict | None = None
+        self.stop_ids: tuple[int, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None, chunk_size: int = 1024,
+                cache: KVCache | None = None, lengths=None, span: int | None = None):
+        """Three uses of one pass, all through `forward` so that FSDP's hooks see each of them.
+
+        - forward(tokens): [B, T] int64 -> logits [B, T, V].
+        - forward(tokens, targets): -> (log π(target | tokens up to it), entropy in nats), both [B, T] float32,
+          0 where `mask` [B, T] is False; see `token_logprobs`.
+        - forward(tokens, cache=...): appends `lengths[b]` of the T tokens to row b of the cache (T > 1 starts empty
+          rows, T = 1 extends them) and returns the logits after the last of them, [B, V]. `span` is a bound on the
+          positions in use afterwards, so that a long cache costs no more than what it holds.
+        """
+        head = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]                 # [1, T]
+        else:
+            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)   # [B, T]
+            span = span or cache.keys.shape[3]
+
+        x = self.model.embed_tokens(tokens)                                                       # [B, T, D]
+        angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)            # [B or 1, 1, T, E/2]
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, None if cache is None else (cache.keys[i], cache.values[i], positions, span))
+        x = self.model.norm(x)
+
+        if cache is not None:
+            cache.lengths += lengths
+            last = x[torch.arange(len(x), device=x.device), lengths - 1]                          # [B, D]
+            return F.linear(last, head)
+        if targets is None:
+            return F.linear(x, head)
+        return _chunked_logprobs(x, head, targets, mask, temperature, chunk_size)
+
+
+def _chunk_logprobs(hidden, head, targets, temperature):
+    """hidden [N, D], targets [N] -> log-probabilities [N] and entropies [N], softmax in float32."""
+    logits = F.linear(hidden, head).float() / temperature                                         # [N, V]
+    log_z = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():   # the entropy is a metric; no gradient flows through it
+        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    return logprobs, entropy
+
+
+def _chunked_logprobs(hidden, head, targets, mask, temperature, chunk_size):
+    """Only a chunk of logits exists at a time, in the backward pass too: each chunk is recomputed there."""
+    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
+    hidden, picked = hidden[mask], targets[mask]                                                  # [N, D], [N]
+    chunk_size = max(1, min(chunk_size, -(-len(picked) // 4)))   # in a small batch too, never all logits at once
+    pieces = [checkpoint(_chunk_logprobs, h, head, t, temperature, use_reentrant=False)
+              for h, t in zip(hidden.split(chunk_size), picked.split(chunk_size))]
+    logprobs, entropies = (torch.cat(piece) for piece in zip(*pieces))
+    zeros = logprobs.new_zeros(targets.shape)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+
+
+def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float = 1.0, mask: torch.Tensor | None = None,
+                   chunk_size: int = 1024, return_entropy: bool = False):
+    """log π(token_{t+1} | tokens_{≤t}) for t = 0 … T-2, with gradient, never holding [B, T, V].
+
+    tokens: [B, T] int64, padded on the right with any id. temperature: that of the distribution sampled from.
+    mask: [B, T-1] bool; positions outside it are not computed and come out as 0 (prompts and padding).
+    chunk_size: positions whose logits exist at the same time.
+    Returns [B, T-1] float32, and with return_entropy also the entropy of each of these distributions (nats, detached).
+    """
+    logprobs, entropy = model(tokens[:, :-1], tokens[:, 1:], temperature=temperature,
+                              mask=mask, chunk_size=chunk_size)
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders
+
+def find_folder(path: str) -> Path:
+    """The local folder of a model given as a folder or as a hub name. Raises ValueError where there is neither."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except Exception as error:
+        raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub did not give one "
+                         f"of that name ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+
+
+def load_model(path: str, device="cpu", dtype=torch.float32):
+    """Read a Hugging Face folder or hub name: (Transformer, tokenizer).
+
+    Raises ValueError for another architecture, a quantised model, a setting that is not supported, a tensor that is
+    missing, left over or of another shape than config.json says; the message names it.
+    """
+    folder = find_folder(str(path))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: not a Hugging Face model folder")
+    raw = json.loads((folder / "config.json").read_text())
+    if raw.get("model_type") not in FAMILIES:   # before AutoConfig, which may not know it or may run code from the folder
+        raise ValueError(f"{folder}: architecture {raw.get('model_type')!r} is not supported; "
+                         f"supported: {', '.join(FAMILIES)}")
+    hf_config = AutoConfig.from_pretrained(folder)
+    try:
+        config = ModelConfig.from_hf(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(_read_tensors(folder, model, device, dtype), assign=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.hf_config = hf_config
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = json.loads((folder / "generation_config.json").read_text())
+    # Chat models often end a turn with another token than a text; generation_config.json lists both.
+    stops = (model.generation_config or {}).get("eos_token_id", hf_config.eos_token_id)
+    stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+    model.stop_ids = tuple(sorted(stops - {None}))
+    return model, tokenizer
+
+
+def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, torch.Tensor]:
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file; convert the model with transformers' save_pretrained")
+    tensors, left_over = {}, []
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, though model.safetensors.index.json lists it")
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():
+                if name not in wanted:
+                    # Harmless: a second copy of tied embeddings, and RoPE frequencies that old Llama checkpoints carry.
+                    if not (name == "lm_head.weight" and model.config.tie_embeddings or name.endswith("inv_freq")):
+                        left_over.append(name)
+                    continue
+                tensor = reader.get_tensor(name)
+                if tensor.shape != wanted[name]:
+                    raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, "
+                                     f"config.json says {list(wanted[name])}")
+                tensors[name] = nn.Parameter(tensor.to(device=device, dtype=dtype))
+    missing = sorted(wanted.keys() - tensors.keys())
+    for problem, names in (("lacks", missing), ("has, beyond what config.json says,", left_over)):
+        if names:
+            raise ValueError(f"{folder} {problem} {len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:5])}"
+                             + (", …" if len(names) > 5 else ""))
+    return tensors
+
+
+def save_model(model: Transformer, tokenizer, path: str) -> None:
+    """Write a Hugging Face folder: config.json, tokenizer, safetensors of at most 5 GB each, in the model's dtype.
+
+    It is written aside and then renamed, so a folder at `path` is always whole. With several processes every one must
+    call this; rank 0 writes. Raises ValueError if `path` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already; give a new path")
+    state = {}
+    for name, parameter in model.named_parameters():
+        full = full_tensor(parameter)   # a collective: every rank takes part
+        if is_main():
+            state[name] = full.detach().cpu().contiguous()
+    if is_main():
+        from huggingface_hub import save_torch_state_dict
+        aside = path.with_name(f".{path.name}.partial")
+        aside.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(state, aside)
+        # The dtype goes on a copy: the model in memory may be saved again in another.
+        hf_config = type(model.hf_config).from_dict(model.hf_config.to_dict())
+        hf_config.dtype = model.dtype
+        hf_config.save_pretrained(aside)
+        if model.generation_config is not None:
+            (aside / "generation_config.json").write_text(json.dumps(model.generation_config, indent=2) + "\n")
+        tokenizer.save_pretrained(aside)
+        aside.rename(path)
+    barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes. With one, every function here does nothing, so that the callers need not ask.
+
+def init_distributed(device: str = "auto") -> torch.device:
+    """Join the process group that torchrun describes, if it started more than one process; returns this one's device."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch sees no GPU; give cpu or auto")
+    on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(local)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return local
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(mine) -> list:
+    """Every process's object, in order of rank, on every process."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP may have sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard(model: Transformer, compute_dtype: torch.dtype) -> Transformer:
+    """FSDP2: parameters, gradients and optimiser state split over all processes, block by block.
+
+    Float32 master weights; forward and backward in `compute_dtype`; gradients summed (not averaged) in float32, since
+    the objective's normaliser Z is already that of the whole batch. Needs a process group, of whatever size.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for module in (*model.model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def gather_model(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model to sample with: `model` itself if it is whole and in `dtype`, else a whole copy of it in `dtype`.
+
+    Parameters are gathered once here instead of once per token. Every process must call it; drop the copy when done.
+    """
+    if model.dtype == dtype and not hasattr(model.model.embed_tokens.weight, "full_tensor"):
+        return model
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    whole.load_state_dict({name: full_tensor(parameter.detach()).to(dtype)
+                           for name, parameter in model.named_parameters()}, assign=True)
+    whole.hf_config, whole.generation_config, whole.stop_ids = model.hf_config, model.generation_config, model.stop_ids
+    return whole.requires_grad_(False)

@@ -1,0 +1,189 @@
+"""Makes the embedded default: problems, worked demonstrations, tokenizer and a small model. All of it is made, not found.
+
+    python tiny/make.py                       # rewrites this folder, about 15 minutes on one core
+    python tiny/make.py --output-dir /tmp/t --worked-share 0.2      # one where plain sampling often works problems out
+
+ICPO needs a model that can do more with a worked example in its context than without. This script trains one that has
+this property in small. A problem is a sum of 5 to 8 one-digit numbers; a worked solution writes the running sums. A
+training document is either
+- one problem, answered at once: right in `quick_right` of them and off by up to 4 in the others, and worked out only in
+  `worked_share` of them; or
+- an example or two and a problem, answered in the examples' manner, at once or worked out.
+The loss is on the last answer alone. So the model knows how to work a sum out, shows it when an example does, and
+almost never does when asked plainly; `worked_share` sets how rarely.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import DEMO_SEPARATOR, INSTRUCTION, Problem, PromptBuilder
+from model_utils import ModelConfig, Transformer, save_model, token_logprobs
+from rollout import generate
+
+CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+                 "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character, plus one for each fixed piece of the prompts, so that they stay short."""
+    special = ["<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+    pieces = [" " + INSTRUCTION, "Question: ", "Answer:", DEMO_SEPARATOR, "\\boxed{"]
+    characters = ["\n"] + [chr(c) for c in range(32, 127)]
+    vocab = {token: i for i, token in enumerate(special + pieces + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", unk_token="<|unk|>",
+                                   pad_token="<|end|>", chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+def make_problem(rng: random.Random, lengths: tuple[int, int]) -> Problem:
+    numbers = [rng.randint(1, 9) for _ in range(rng.randint(*lengths))]
+    sums = [sum(numbers[:i + 1]) for i in range(len(numbers))]
+    return Problem("+".join(map(str, numbers)), str(sums[-1]), f"{' '.join(map(str, sums))} \\boxed{{{sums[-1]}}}")
+
+
+def make_problems(rng: random.Random, count: int, lengths: tuple[int, int], taken: set[str]) -> list[Problem]:
+    """`count` different problems, none of them in `taken`, to which they are added."""
+    problems = []
+    while len(problems) < count:
+        problem = make_problem(rng, lengths)
+        if problem.problem not in taken:
+            taken.add(problem.problem)
+            problems.append(problem)
+    return problems
+
+
+def quick_answer(problem: Problem, rng: random.Random, right: float) -> str:
+    off = 0 if rng.random() < right else rng.choice([-4, -3, -2, -1, 1, 2, 3, 4])
+    return f"\\boxed{{{int(problem.answer) + off}}}"
+
+
+def make_document(rng: random.Random, builder: PromptBuilder, settings, lengths, taken) -> tuple[list[int], int]:
+    """Token ids of a training document and the position at which its last answer starts."""
+    count = rng.choices((0, 1, 2), weights=(0.45, 0.45, 0.10))[0]
+    worked = rng.random() < (0.5 if count else settings.worked_share)
+    *examples, problem = make_problems(rng, count + 1, lengths, set(taken))
+
+    def answer(p):
+        return p.solution if worked else quick_answer(p, rng, settings.quick_right)
+
+    prompt = builder.demo_prefixed(problem, [Problem(p.problem, p.answer, answer(p)) for p in examples])
+    response = builder.tokenizer.encode(answer(problem)) + [builder.tokenizer.eos_token_id]
+    return prompt + response, len(prompt)
+
+
+def train(model: Transformer, builder: PromptBuilder, settings, lengths, taken) -> None:
+    rng = random.Random(f"documents {settings.seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps, pct_start=0.1)
+    bar = tqdm(range(settings.steps), desc="training", unit="step")
+    for _ in bar:
+        documents = [make_document(rng, builder, settings, lengths, taken) for _ in range(settings.batch_size)]
+        # Documents with and without examples differ much in length; apart, neither is padded to the other.
+        documents.sort(key=lambda document: len(document[0]))
+        answer_tokens = sum(len(ids) - start for ids, start in documents)
+        total = 0.0
+        for part in (documents[:len(documents) // 2], documents[len(documents) // 2:]):
+            width = max(len(ids) for ids, _ in part)
+            tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in part])            # [B, T]
+            column = torch.arange(1, width)
+            starts = torch.tensor([[start] for _, start in part])
+            ends = torch.tensor([[len(ids)] for ids, _ in part])
+            mask = (column >= starts) & (column < ends)                                           # [B, T-1]
+            loss = -token_logprobs(model, tokens, mask=mask).sum() / answer_tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{total:.3f}")
+
+
+def accuracy(model: Transformer, builder: PromptBuilder, problems, demonstrations, shots: int) -> tuple[float, float]:
+    """At temperature 1: the share of right answers, and of answers with running sums."""
+    rng = random.Random(shots)
+    prompts = [builder.demo_prefixed(p, rng.sample(demonstrations, shots)) for p in problems]
+    done = generate(model, prompts, max_new_tokens=48, stop_ids=[builder.tokenizer.eos_token_id])
+    texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in done]
+    right = sum(text.endswith(f"\\boxed{{{p.answer}}}") for text, p in zip(texts, problems))
+    return right / len(problems), sum(not text.startswith("\\boxed{") for text in texts) / len(problems)
+
+
+def write_jsonl(path: Path, problems: list[Problem], experts: bool = False) -> None:
+    with path.open("w") as file:
+        for i, p in enumerate(problems):
+            row = {"id": f"{path.stem}-{i}", "problem": p.problem, "answer": p.answer, "solution": p.solution}
+            file.write(json.dumps(row | ({"expert_response": p.solution} if experts else {})) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path(__file__).resolve().parent, help="folder to write (default: this one)")
+    add("--seed", type=int, default=0, help="of problems, weights and training documents")
+    add("--steps", type=int, default=1000, help="optimiser steps")
+    add("--batch-size", type=int, default=64, help="documents a step")
+    add("--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule")
+    add("--worked-share", type=float, default=0.01, help="share of worked answers among the single problems")
+    add("--quick-right", type=float, default=0.2, help="share of right answers among those given at once")
+    add("--terms", type=int, nargs=2, default=(5, 8), help="fewest and most numbers in a sum")
+    add("--train-size", type=int, default=2000, help="problems to train on")
+    add("--test-size", type=int, default=256, help="held-out problems")
+    add("--demonstrations", type=int, default=200, help="worked demonstrations")
+    settings = parser.parse_args()
+
+    start = time.time()
+    torch.manual_seed(settings.seed)
+    rng = random.Random(f"problems {settings.seed}")
+    test = make_problems(rng, settings.test_size, settings.terms, held_out := set())
+    taken = set(held_out)   # the model never sees a held-out problem, here or later
+    training = make_problems(rng, settings.train_size, settings.terms, taken)
+    demonstrations = make_problems(rng, settings.demonstrations, settings.terms, taken)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    write_jsonl(settings.output_dir / "train.jsonl", training, experts=True)
+    write_jsonl(settings.output_dir / "test.jsonl", test)
+    write_jsonl(settings.output_dir / "demonstrations.jsonl", demonstrations)
+
+    tokenizer = make_tokenizer()
+    builder = PromptBuilder(tokenizer)
+    hf_config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        architectures=["Qwen3ForCausalLM"])
+    model = Transformer(ModelConfig.from_hf(hf_config))
+    model.hf_config = hf_config
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    train(model, builder, settings, settings.terms, held_out)
+    for shots in (0, 1, 2):
+        right, worked = accuracy(model, builder, test, demonstrations, shots)
+        print(f"{shots} shots: {right:6.1%} right, {worked:6.1%} with running sums")
+    folder = settings.output_dir / "model"
+    if folder.exists():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    save_model(model, tokenizer, folder)
+    print(f"{settings.output_dir}: made in {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

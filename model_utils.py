@@ -408,8 +408,10 @@ def save_model(model: Transformer, tokenizer, path: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes. With one, every function here does nothing, so that the callers need not ask.
 
-def init_distributed(device: str = "auto") -> torch.device:
-    """Join the process group that torchrun describes, if it started more than one process; returns this one's device."""
+def init_distributed(device: str = "auto", needed: bool = False) -> torch.device:
+    """Join the process group that torchrun describes, if it started more than one process; returns this one's device.
+
+    needed: make a group of one process, too, as FSDP's mixed precision wants."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -418,8 +420,12 @@ def init_distributed(device: str = "auto") -> torch.device:
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(local)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group(backend)
+        elif needed:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return local
 
 

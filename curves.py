@@ -1,0 +1,85 @@
+"""Draws the learning curves of one or several runs from their metrics.jsonl.
+
+    python curves.py runs/icpo-seed0 runs/icpo-seed1 runs/grpo-seed0 runs/grpo-seed1 --output curves.png
+
+Runs of the same method are one line, their mean, in a band from the lowest to the highest.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")   # no screen needed
+import matplotlib.pyplot as plt
+
+# (metric, title, unit): a panel each
+PANELS = [("eval_accuracy", "Held-out accuracy, 0 shots", "share right"),
+          ("reward_on", "Training reward, on-policy", "share right"),
+          ("reward_off", "Training reward, off-policy", "share right"),
+          ("entropy", "Entropy of the policy", "nats a token"),
+          ("response_length", "Response length, on-policy", "tokens"),
+          ("grad_norm", "Gradient norm before clipping", "")]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]   # Okabe and Ito: safe for the colour-blind
+
+
+def read_metrics(run: Path) -> list[dict]:
+    file = Path(run) / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{run} is not a run: it has no metrics.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def series(metrics: list[dict], name: str) -> dict[int, float]:
+    """Step -> value, where the step has one. Held-out accuracy has a value before the first step too, as step 0."""
+    values = {row["step"]: row[name] for row in metrics if row.get(name) is not None}
+    if name == "eval_accuracy" and metrics and metrics[0].get("eval_accuracy_before") is not None:
+        values = {metrics[0]["step"] - 1: metrics[0]["eval_accuracy_before"]} | values
+    return values
+
+
+def draw(runs: list[Path], output: Path) -> None:
+    """Write a PNG with a panel for each of PANELS. Raises ValueError for a folder that is not a run."""
+    methods: dict[str, list[list[dict]]] = {}
+    for run in map(Path, runs):
+        metrics = read_metrics(run)
+        config = run / "config.yaml"
+        method = yaml.safe_load(config.read_text())["method"] if config.is_file() else run.name
+        methods.setdefault(method, []).append(metrics)
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    for axis, (name, title, unit) in zip(axes.flat, PANELS):
+        for colour, (method, group) in zip(COLOURS * len(methods), methods.items()):
+            lines = [series(metrics, name) for metrics in group]
+            steps = sorted(set.intersection(*(set(line) for line in lines)))
+            if not steps:
+                continue
+            columns = [[line[step] for line in lines] for step in steps]
+            label = f"{method.upper()}, {len(group)} seeds" if len(group) > 1 else method.upper()
+            axis.plot(steps, [sum(column) / len(column) for column in columns], color=colour, label=label,
+                      marker="o" if len(steps) < 25 else None, markersize=3)
+            axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.2, lw=0)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        if unit == "share right":
+            axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+        else:
+            axis.text(0.5, 0.5, "none sampled", transform=axis.transAxes, ha="center", color="grey")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py wrote")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        draw(arguments.runs, arguments.output)
+    except ValueError as error:
+        parser.error(str(error))
+    print(arguments.output)

@@ -1,0 +1,171 @@
+"""Accuracy of a model with 0 or more demonstrations in its context.
+
+    python eval.py --model runs/icpo-seed0/final --shots 0 1
+    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen3-1.7B --data test.jsonl --demonstrations train.jsonl --samples 4
+
+Prints one row for each number of shots, and writes every sample to a JSONL file.
+"""
+
+import json
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
+from model_utils import gather_objects, init_distributed, is_main, load_model, rank, world_size
+from reward import extract_answer, score
+from rollout import generate
+
+TINY = Path(__file__).resolve().parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def embedded(path: str, file: str) -> Path | str:
+    """`path`, where the word tiny stands for a file of the embedded default."""
+    return TINY / file if path == "tiny" else path
+
+
+def option(default, help: str, **more):
+    """A dataclass field that HfArgumentParser turns into a command line option."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
+
+
+def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrations: Demonstrations | None = None, *,
+             samples: int = 1, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+             seed: int = 0, max_batch: int = 256, verify_timeout: float = 5.0, progress=None) -> list[dict]:
+    """Sample `samples` answers to every problem and score them; the processes share the problems out.
+
+    demonstrations: drawn from for every problem; None asks plainly. Random numbers depend on (seed, problem, sample)
+    alone, so that two evaluations differ by the model only.
+    Returns on every process one dict a sample, `samples` consecutive ones a problem: id, sample, response, score,
+    tokens, finished.
+    """
+    mine = range(rank(), len(problems), world_size())
+    prompts = [builder.plain(problems[i]) if demonstrations is None
+               else demonstrations.draw(problems[i], random.Random(f"evaluation {seed} {i}"))[1] for i in mine]
+    completions = generate(model, prompts, n=samples, max_new_tokens=max_new_tokens, temperature=temperature,
+                           top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed, stream_ids=mine,
+                           max_batch=max_batch, progress=progress)
+    texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+    owners = [i for i in mine for _ in range(samples)]
+    scores = score(texts, [problems[i].answer for i in owners], timeout=verify_timeout)
+    records = {(i, j % samples): {"id": problems[i].id, "sample": j % samples, "response": text, "score": right,
+                                  "tokens": len(completion.tokens), "finished": completion.finished}
+               for j, (i, text, right, completion) in enumerate(zip(owners, texts, scores, completions))}
+    everyone = {key: record for part in gather_objects(records) for key, record in part.items()}
+    return [everyone[key] for key in sorted(everyone)]
+
+
+def summarise(records: list[dict], samples: int) -> dict[str, float]:
+    """accuracy: avg@k, the mean score; half_width: of its 95 % interval (normal, over problems); pass: pass@k, the
+    share of problems with a right answer among k = `samples`; majority: maj@k, the share whose commonest answer is
+    right, the earliest of equally common ones counting; tokens: mean length; truncated: share cut off."""
+    groups = [records[i:i + samples] for i in range(0, len(records), samples)]
+    means = [fmean(r["score"] for r in group) for group in groups]
+
+    def majority(group):
+        answers = [extract_answer(r["response"]) for r in group]
+        commonest = Counter(answers).most_common(1)[0][0]
+        return group[answers.index(commonest)]["score"]
+
+    return {"accuracy": fmean(means), "half_width": 1.96 * stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0,
+            "pass": fmean(max(r["score"] for r in group) for group in groups),
+            "majority": fmean(majority(group) for group in groups),
+            "tokens": fmean(r["tokens"] for r in records), "truncated": fmean(not r["finished"] for r in records)}
+
+
+@dataclass
+class Options:
+    model: str = option("tiny", "folder in Hugging Face format, hub name, or tiny (the embedded default, untrained)")
+    data: str = option("tiny", "JSONL file of problems, or tiny (the embedded held-out ones)")
+    demonstrations: str = option("tiny", "JSONL file of worked problems to draw demonstrations from, or tiny")
+    shots: list[int] = option([0, 1], "numbers of demonstrations in the context, a row of the table each")
+    samples: int = option(1, "answers sampled for each problem (the k of avg@k, pass@k and maj@k)")
+    limit: int = option(0, "use only the first so many problems; 0 uses all")
+    temperature: float = option(1.0, "sampling temperature; 0 is greedy")
+    top_p: float = option(1.0, "nucleus sampling: the likeliest tokens that reach this probability")
+    top_k: int = option(0, "sample among so many likeliest tokens; 0 is all")
+    max_prompt_length: int = option(4096, "longest prompt in tokens; problems beyond it are left out and counted")
+    max_new_tokens: int = option(0, "longest answer in tokens; 0 is 48 for tiny data, else 2048")
+    instruction: str = option(INSTRUCTION, "text that ends every question")
+    chat_template: bool = option(True, "put the tokenizer's chat template around the plain question")
+    demo_chat_template: bool = option(True, "put it around demonstrations and question too")
+    demo_min_chars: int = option(0, "leave out demonstrations with a shorter solution (the authors' release: 58)")
+    output: str = option("eval.jsonl", "file for every sample; an existing one is replaced")
+    max_batch: int = option(256, "sequences sampled at the same time")
+    verify_timeout: float = option(5.0, "seconds after which the comparison of two answers counts as wrong")
+    seed: int = option(0, "of sampling and of the draw of demonstrations")
+    dtype: str = option("float32", "to compute in", choices=list(DTYPES))
+    device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
+
+
+def prepare(options: Options):
+    """Everything that may be wrong with the options or the data comes out here, as a ValueError."""
+    if min(options.shots) < 0 or options.samples < 1 or options.limit < 0:
+        raise ValueError(f"shots and limit must be at least 0 and samples at least 1, "
+                         f"not {options.shots}, {options.limit}, {options.samples}")
+    options.max_new_tokens = options.max_new_tokens or (48 if options.data == "tiny" else 2048)
+    problems = load_problems(embedded(options.data, "test.jsonl"))[:options.limit or None]
+    device = init_distributed(options.device)
+    model, tokenizer = load_model(embedded(options.model, "model"), device, DTYPES[options.dtype])
+    room = min(options.max_prompt_length, model.config.max_position - options.max_new_tokens)
+    builder = PromptBuilder(tokenizer, options.instruction, options.chat_template, options.demo_chat_template)
+    kept = [p for p in problems if len(builder.plain(p)) <= room]
+    pools = {}
+    for shots in sorted(set(options.shots) - {0}):   # every row of the table is over the same problems
+        pools[shots] = Demonstrations(load_problems(embedded(options.demonstrations, "demonstrations.jsonl"),
+                                                    needs=("solution",)), builder, shots, room, options.demo_min_chars)
+        kept = pools[shots].admit(kept)
+    if len(kept) < len(problems) and is_main():
+        print(f"left out: {len(problems) - len(kept)} of {len(problems)} problems, whose prompt passes {room} tokens")
+    if not kept:
+        raise ValueError(f"no problem is left: every prompt passes {room} tokens; raise --max-prompt-length "
+                         f"or lower --max-new-tokens or --shots")
+    return model, builder, kept, pools
+
+
+def main() -> None:
+    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0], allow_abbrev=False)
+    (options,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    try:
+        model, builder, problems, pools = prepare(options)
+    except ValueError as error:
+        if is_main():
+            print(f"eval.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    rows, written = [], []
+    for shots in options.shots:
+        total = options.samples * len(range(rank(), len(problems), world_size()))
+        with tqdm(total=total, desc=f"{shots} shots", unit="answer", disable=not is_main(), leave=False) as bar:
+            records = evaluate(model, builder, problems, pools.get(shots), samples=options.samples,
+                               max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+                               top_p=options.top_p, top_k=options.top_k, seed=options.seed,
+                               max_batch=options.max_batch, verify_timeout=options.verify_timeout, progress=bar.update)
+        rows.append((shots, summarise(records, options.samples)))
+        written += [{"shots": shots, **record} for record in records]
+    if is_main():
+        k = options.samples
+        print(f"{options.model} on {options.data}: {len(problems)} problems, {k} samples each, "
+              f"temperature {options.temperature}")
+        print(f"{'shots':>5} {f'avg@{k}':>16} {f'pass@{k}':>9} {f'maj@{k}':>9} {'tokens':>8} {'truncated':>10}")
+        for shots, s in rows:
+            print(f"{shots:>5} {s['accuracy']:>8.1%} ± {s['half_width']:<5.1%} {s['pass']:>9.1%} {s['majority']:>9.1%} "
+                  f"{s['tokens']:>8.1f} {s['truncated']:>10.1%}")
+        Path(options.output).write_text("".join(json.dumps(record) + "\n" for record in written))
+        print(f"every sample: {options.output}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

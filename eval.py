@@ -6,6 +6,7 @@
 Prints one row for each number of shots, and writes every sample to a JSONL file.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -35,9 +36,20 @@ def embedded(path: str, file: str) -> Path | str:
 
 def option(default, help: str, **more):
     """A dataclass field that HfArgumentParser turns into a command line option."""
+    if default not in (None, ""):   # those two stand for something that the help text explains
+        help += " (default: %(default)s)"
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
+
+
+def make_parser(options: type, description: str, **more) -> HfArgumentParser:
+    parser = HfArgumentParser(options, description=description, allow_abbrev=False,
+                              formatter_class=argparse.HelpFormatter, **more)
+    for action in parser._actions:   # --no-x, which it adds to every --x that is on by default, with the help of --x
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+    return parser
 
 
 def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrations: Demonstrations | None = None, *,
@@ -135,7 +147,7 @@ def prepare(options: Options):
 
 
 def main() -> None:
-    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser(Options, __doc__.split("\n")[0])
     (options,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
     try:
         model, builder, problems, pools = prepare(options)

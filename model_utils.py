@@ -388,7 +388,7 @@ def save_model(model: Transformer, tokenizer, path: str) -> None:
     for name, parameter in model.named_parameters():
         full = full_tensor(parameter)   # a collective: every rank takes part
         if is_main():
-            state[name] = full.detach().cpu().contiguous()
+            state[name] = full.detach().to("cpu", copy=True)   # a gathered tensor is a view of a longer storage
     if is_main():
         from huggingface_hub import save_torch_state_dict
         aside = path.with_name(f".{path.name}.partial")
@@ -463,16 +463,14 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def shard(model: Transformer, compute_dtype: torch.dtype) -> Transformer:
     """FSDP2: parameters, gradients and optimiser state split over all processes, block by block.
 
-    Float32 master weights; forward and backward in `compute_dtype`; gradients summed (not averaged) in float32, since
-    the objective's normaliser Z is already that of the whole batch. Needs a process group, of whatever size.
+    Float32 master weights; forward and backward in `compute_dtype`; gradients averaged over the processes in float32.
+    Needs a process group, of whatever size.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    for module in (*model.model.layers, model):
-        module.set_gradient_divide_factor(1.0)
     return model
 
 

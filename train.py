@@ -36,11 +36,10 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from curves import draw
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
-from eval import DTYPES, embedded, evaluate, option
+from eval import DTYPES, embedded, evaluate, make_parser, option
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
 from model_utils import (Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
@@ -80,13 +79,17 @@ class Options:
     method: Literal["grpo", "luffy", "icpo", "icpo-rs"] = option("icpo", "preset of the parts below")
     off_policy: Literal["none", "demonstrations", "dataset"] | None = option(
         None, "where off-policy responses come from: nowhere, the policy with demonstrations in its context (IEF), or "
-        "expert_response of the data (as LUFFY)")
-    errs: bool | None = option(None, "drop off-policy responses outside the expert region (ERRS)")
-    rs: bool | None = option(None, "add the annealed bonus to accepted off-policy responses (RS)")
-    shaping: bool | None = option(None, "shape the off-policy ratio by f(x) = x/(x + lambda)")
-    shaping_lambda: float | None = option(None, "lambda of f (paper: 0.01, release and LUFFY: 0.1)")
+        "expert_response of the data (LUFFY) (default: of --method)")
+    errs: bool | None = option(None, "drop off-policy responses outside the expert region, ERRS: true or false "
+                               "(default: of --method)")
+    rs: bool | None = option(None, "add the annealed bonus to accepted off-policy responses, RS: true or false "
+                             "(default: of --method)")
+    shaping: bool | None = option(None, "shape the off-policy ratio by f(x) = x/(x + lambda): true or false "
+                                  "(default: of --method)")
+    shaping_lambda: float | None = option(None, "lambda of f (default: of --method; paper 0.01, release and LUFFY 0.1)")
     off_policy_denominator: Literal["behaviour", "one"] | None = option(
-        None, "denominator of the off-policy ratio: the demo-prefixed policy that sampled (paper), or 1 (release)")
+        None, "denominator of the off-policy ratio: the demo-prefixed policy that sampled (paper), or 1 (release) "
+        "(default: of --method)")
     num_demonstrations: int = option(1, "k, demonstrations before each off-policy prompt")
     n_on: int = option(8, "on-policy responses sampled for each question")
     n_off: int = option(1, "off-policy responses for each question")
@@ -150,15 +153,15 @@ class Options:
 
 
 # Options that a resumed run may change: they move no number of the steps still to come.
-FREE_ON_RESUME = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "max_batch",
+FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "max_batch",
                   "micro_batch_size", "eval_every"}
 
 
 def parse_options(arguments: list[str], saved: dict | None = None) -> Options:
     """`[config.yaml] --option value …`: what is typed goes over the file, and both over `saved`, the settings of a run
     that is resumed. Exits with status 2 and a message on an error."""
-    parser = HfArgumentParser(Options, description=__doc__.split("\n")[0], allow_abbrev=False, prog="train.py",
-                              usage="torchrun [--nproc-per-node N] train.py [config.yaml] [--option value ...]")
+    parser = make_parser(Options, __doc__.split("\n")[0], prog="train.py",
+                         usage="torchrun [--nproc-per-node N] train.py [config.yaml] [--option value ...]")
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         file = Path(arguments[0])
         if not file.is_file():
@@ -559,7 +562,7 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, lis
             normalizer=Z if o.normalizer == "batch" else None, dual_clip=o.dual_clip or None, ref_logprobs=ref_logprobs,
             kl_coef=o.kl_coef, clip_off_policy=o.clip_off_policy, log_ratio_clamp=o.log_ratio_clamp or None)
         share = 1.0 if o.normalizer == "batch" else 1.0 / parts
-        (loss * share).backward()
+        (loss * share * world_size()).backward()   # FSDP averages over the processes; Z is that of them all already
 
         on_policy = mask & ~off_policy[:, None]
         for name, value in metrics.items():

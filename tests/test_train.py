@@ -1,0 +1,342 @@
+"""The training loop, on the embedded model: exact gradients, the procedure's steps, resuming, and users' mistakes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train as trainer
+from icpo import group_advantages
+from model_utils import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny"
+SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4", "--eval-every", "2",
+         "--checkpoint-every", "2", "--kl-coef", "0.01"]
+# What depends on the clock and not on the seed.
+CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "tokens_per_second"}
+
+
+def prepare(folder, *more):
+    return trainer.prepare([*SMALL, "--output-dir", str(folder), *map(str, more)])
+
+
+def metrics_of(folder):
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK}
+            for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "final" / "model.safetensors")
+
+
+def torchrun(*arguments, processes=1, check=True, **more):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
+               str(random.randint(20000, 60000)), str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.run(command, check=check, text=True, capture_output=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run of four steps, never interrupted."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    trainer.train(prepare(folder))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exactness
+
+def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path):
+    """Against a loop over single rows without padding, from full logits, (RATIO), f, (CLIP), KL and Z written out."""
+    run = prepare(tmp_path / "run", "--micro-batch-size", 5, "--method", "icpo-rs")
+    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    assert trainer.mix(run, rows, 0) == 1.0
+    reference, _ = load_model(TINY / "model")
+    with torch.no_grad():   # moved off the reference, so that the KL term has a gradient, and the ratios are not 1
+        for i, parameter in enumerate(run.model.parameters()):
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    model, _ = load_model(TINY / "model")
+    model.load_state_dict(run.model.state_dict())
+
+    kept = [row for row in rows if row.keep]
+    Z = sum(len(row.tokens) for row in kept)
+    loss = torch.zeros(())
+    for row in kept:
+        tokens = torch.tensor([row.prompt + row.tokens])
+        for t, old in enumerate(row.old_logprobs):
+            place = len(row.prompt) - 1 + t
+            new, ref = (each(tokens)[0, place].log_softmax(-1)[row.tokens[t]] for each in (model, reference))
+            ratio = (new - old).exp()
+            if row.off_policy:
+                ratio = ratio / (ratio + 0.01)
+            loss = loss - torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage) / Z
+            x = ref.detach() - new
+            loss = loss + 0.01 * (x.exp() - x - 1) / Z
+    loss.backward()
+
+    gradients = {}
+    run.optimizer.step = lambda: gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+    run.options.grad_clip = 1e9
+    trainer.update(run, rows, sampled_by_it=False)
+    assert any(row.off_policy for row in kept) and loss.item() != 0
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_two_processes_make_the_same_run(whole_run, tmp_path):
+    """Sharded over two processes, in other micro-batches: the same samples, metrics and weights to float32 rounding."""
+    torchrun(*SMALL, "--output-dir", tmp_path / "two", "--micro-batch-size", 3, "--max-batch", 7, processes=2)
+    for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
+        assert one == pytest.approx(two, rel=2e-4, abs=1e-5)
+    texts = [sorted((r["step"], r["off_policy"], r["response"], r["in_group"]) for r in map(json.loads, file.open()))
+             for file in (whole_run / "samples.jsonl", tmp_path / "two" / "samples.jsonl")]
+    assert texts[0] == texts[1]
+    start = load_file(TINY / "model" / "model.safetensors")
+    one, two = weights_of(whole_run), weights_of(tmp_path / "two")
+    moved = sum((one[name] - start[name]).norm() ** 2 for name in start) ** 0.5
+    apart = sum((one[name] - two[name]).norm() ** 2 for name in start) ** 0.5
+    assert apart < 0.01 * moved   # Adam divides by the gradient's size: rounding shows where that is next to nothing
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_is_the_run_never_interrupted(whole_run, tmp_path, processes):
+    folder = tmp_path / "resumed"
+    shutil.copytree(whole_run, folder)
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    (folder / "checkpoints" / ".step-4.partial").mkdir()                      # a kill while it wrote
+    (folder / "metrics.jsonl").open("a").write('{"step": 5, "rewa')
+    torchrun("--resume", "--output-dir", folder, processes=processes)
+    assert (folder / "checkpoints" / "step-4" / ".metadata").is_file()
+    if processes == 1:
+        assert metrics_of(folder) == metrics_of(whole_run)
+        for name, tensor in weights_of(whole_run).items():
+            assert torch.equal(weights_of(folder)[name], tensor)
+    else:
+        for one, two in zip(metrics_of(whole_run), metrics_of(folder), strict=True):
+            assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+def test_a_run_killed_in_the_middle_goes_on(tmp_path):
+    arguments = [*SMALL, "--steps", "12", "--output-dir", tmp_path / "killed"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "step-4").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "final").exists()
+    trainer.train(trainer.prepare([*map(str, arguments), "--resume"]))
+    trainer.train(prepare(tmp_path / "whole", "--steps", "12"))
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    assert len(list((tmp_path / "killed" / "checkpoints").glob("step-*"))) == 2   # the last two are kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The procedure
+
+def test_the_run_folder(whole_run):
+    assert {path.name for path in whole_run.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints",
+                                                           "final", "curves.png"}
+    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction", "ratio_max",
+                "logprob_gap", "kl", "grad_norm", "response_length", "tokens_per_second", "step_seconds"}
+    assert all(promised <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4] and "eval_accuracy_before" in rows[0]
+    assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer are one model
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    load_model(whole_run / "final")
+
+
+@pytest.mark.parametrize("arguments, off_policy, sampled, kept", [
+    (["--method", "grpo"], 0, 16, 16),
+    (["--method", "icpo"], 4, 20, 16),
+    (["--method", "icpo-rs"], 4, 20, 16),
+    (["--method", "luffy"], 4, 20, 16),
+    (["--method", "icpo", "--errs", "false", "--n-off", "2"], 8, 24, 16),
+    (["--method", "icpo", "--errs", "false", "--group", "append", "--n-on", "3"], 4, 16, 16),
+    (["--method", "icpo", "--errs-strict", "true"], 4, 20, 16),
+    (["--method", "icpo", "--num-demonstrations", "0"], 4, 20, 16),
+])
+def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
+    run = prepare(tmp_path / "run", *arguments)
+    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    bonus = trainer.mix(run, rows, 0)
+    o = run.options
+    assert (len(rows), sum(row.off_policy for row in rows), sum(row.keep for row in rows)) == (sampled, off_policy, kept)
+    assert bonus == (1.0 if o.method == "icpo-rs" else 0.0)
+    for slot in range(4):
+        group = [row for row in rows if row.slot == slot]
+        problem = trainer.batch_problem(run, 0, slot)
+        shaped = []
+        for row in group:
+            assert row.prompt == run.builder.plain(problem)   # what the objective conditions on, in every row
+            right = row.text.endswith(f"\\boxed{{{problem.answer}}}")
+            assert row.reward == right
+            if row.off_policy:
+                accepted = not o.errs or right and not o.errs_strict
+                assert row.accepted == row.keep == accepted
+                longer = len(row.behaviour_prompt) > len(row.prompt)
+                assert longer == (o.off_policy == "demonstrations" and o.num_demonstrations > 0)
+                if o.off_policy == "dataset":
+                    assert row.text == problem.expert_response and row.finished and not any(row.old_logprobs)
+            else:
+                assert row.behaviour_prompt == row.prompt
+            if row.keep:
+                shaped.append(row.reward + bonus * (row.off_policy and right))
+            else:
+                assert row.advantage == 0
+        expected = group_advantages(torch.tensor(shaped, dtype=torch.float64), torch.zeros(len(shaped)))
+        assert [row.advantage for row in group if row.keep] == pytest.approx(expected.tolist())
+
+
+def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
+    """Old log-probabilities are those of [D; q] for off-policy rows: a second pass over these prompts gives the same."""
+    run = prepare(tmp_path / "run")
+    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    sampled = [list(row.old_logprobs) for row in rows]
+    trainer.recompute_logprobs(run, rows)
+    for row, before in zip(rows, sampled):
+        assert row.old_logprobs == pytest.approx(before, abs=1e-4)
+
+
+def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
+    run = prepare(tmp_path / "run")
+    run.problems = run.problems[:10]
+    drawn = [trainer.batch_problem(run, step, slot).id for step in range(5) for slot in range(4)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(p.id for p in run.problems)
+    assert drawn[:10] != drawn[10:]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--method", "luffy"], ["--mini-batch-size", "2", "--old-logprobs", "recompute", "--top-p", "0.9"],
+    ["--normalizer", "micro-batch", "--group", "append", "--dual-clip", "3", "--log-ratio-clamp", "20",
+     "--clip-off-policy", "false", "--std-unbiased", "false", "--shaping", "false"],
+    ["--method", "grpo", "--kl-coef", "0", "--eval-every", "0", "--checkpoint-every", "0"],
+    ["--dtype", "bfloat16"]])
+def test_other_settings_train(tmp_path, arguments):
+    torchrun(*SMALL, "--steps", "2", *arguments, "--output-dir", tmp_path / "run")
+    rows = metrics_of(tmp_path / "run")
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
+    assert all(row["kl"] == 0 for row in rows) == ("--kl-coef" in arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Users' mistakes
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--batch-size", "6", "--mini-batch-size", "4"], "6 questions does not divide into mini-batches of 4"),
+    (["--n-on", "0"], "--n-on must be at least 1, not 0"),
+    (["--temperature", "0"], "--temperature must be above 0"),
+    (["--n-off", "0"], "--method grpo"),
+    (["--n-on", "1", "--n-off", "2"], "cannot replace"),
+    (["--top-p", "0.5"], "--old-logprobs recompute"),
+    (["--method", "luffy", "--off-policy-denominator", "behaviour"], "no known behaviour policy"),
+    (["--max-prompt-length", "1000"], "pass the model's 1024 positions"),
+    (["--max-prompt-length", "5"], "no held-out problems are left.* over 5 tokens"),
+    (["--max-prompt-length", "30"], "no training problems are left.*room for 1 demonstrations in 30 tokens"),
+    (["--batch-size", "4000"], "fewer than --batch-size 4000"),
+    (["--train-data", "nowhere.jsonl"], "no data file at nowhere.jsonl"),
+    (["--model", "./nowhere"], "no model at './nowhere'"),
+    (["--demo-min-chars", "9999"], "only 0 of .* are usable"),
+])
+def test_mistakes_end_before_training_and_say_what_was_given(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learning-rate?"),
+    (["--learn", "1"], "unknown option --learn"),
+    (["--method", "ppo"], "invalid choice: 'ppo'"),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["none.yaml"], "no configuration file at none.yaml"),
+])
+def test_misspelt_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trainer.parse_options(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_configuration_files(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1e-6\nmethod: luffy\nchat_template: false\nshaping_lambda: null\n")
+    options = trainer.resolve(trainer.parse_options([str(file), "--method", "grpo"]))
+    assert (options.learning_rate, options.method, options.chat_template) == (1e-6, "grpo", False)
+    file.write_text("lerning_rate: 1e-6\n")
+    with pytest.raises(SystemExit):
+        trainer.parse_options([str(file)])
+    assert "c.yaml: unknown option 'lerning_rate'; did you mean learning_rate?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_is_valid(file):
+    trainer.resolve(trainer.parse_options([str(file)]))
+
+
+def test_two_processes_need_a_batch_that_divides_and_say_so_once(tmp_path):
+    run = torchrun(*SMALL, "--batch-size", "5", "--output-dir", tmp_path / "run", processes=2, check=False)
+    assert run.returncode and run.stderr.count("does not divide among 2 processes") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_line_names_file_and_line(tmp_path):
+    lines = (TINY / "train.jsonl").read_text().splitlines()
+    (tmp_path / "broken.jsonl").write_text("\n".join(lines[:41] + [lines[41][:-5]] + lines[42:]))
+    with pytest.raises(ValueError, match="broken.jsonl, line 42"):
+        prepare(tmp_path / "run", "--train-data", tmp_path / "broken.jsonl")
+
+
+def test_exclusions_are_counted_and_said(tmp_path, capsys):
+    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
+    held_out = json.loads((TINY / "test.jsonl").read_text().splitlines()[0])
+    long = rows[0] | {"problem": "+".join("1" * 300)}
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows[:20], held_out, long])))
+    (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
+    run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl", "--demonstrations", tmp_path / "demos.jsonl")
+    said = capsys.readouterr().out
+    assert "left out: 1 of 22 training problems with a prompt over 512 tokens" in said
+    assert "left out: 1 of 21 training problems that are held-out ones too" in said
+    assert "left out: 2 demonstrations that contain the question (never drawn for it)" in said
+    assert len(run.problems) == 20
+
+
+def test_a_model_without_an_end_of_text_token(tmp_path):
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        content = json.loads((tmp_path / "model" / name).read_text())
+        content[key] = None
+        (tmp_path / "model" / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        prepare(tmp_path / "run", "--model", tmp_path / "model")
+
+
+def test_a_folder_with_a_run_is_never_written_over(whole_run):
+    with pytest.raises(ValueError, match="already holds a run: go on with it"):
+        prepare(whole_run)
+    with pytest.raises(ValueError, match="was run with seed: 0, not 7"):
+        prepare(whole_run, "--resume", "--seed", "7")
+
+
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [trainer.prepare([*SMALL, "--method", "grpo"]).folder.as_posix() for _ in range(2)]
+    assert folders == ["runs/grpo-seed0", "runs/grpo-seed0-2"]
+    assert trainer.prepare([*SMALL, "--method", "grpo", "--resume"]).folder.as_posix() == "runs/grpo-seed0-2"

@@ -230,7 +230,7 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     counts = mask.bool()
     off = off_policy.bool()[:, None].expand(B, T)                                          # [B, T]
     A = advantages[:, None]                                                                # [B, 1]
-    logprobs, old_logprobs = logprobs.where(counts, 0.0), old_logprobs.where(counts, 0.0)
+    logprobs, old_logprobs = logprobs.where(counts, 0.0), old_logprobs.detach().where(counts, 0.0)
     mask = mask.to(logprobs.dtype)
     Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, device=mask.device, dtype=mask.dtype)
     Z = Z.where(Z > 0, 1.0)
@@ -244,7 +244,7 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
 
     kl = loss.new_zeros(())
     if ref_logprobs is not None:
-        kl = (kl_k3(logprobs, ref_logprobs.where(counts, 0.0)) * mask).sum() / Z
+        kl = (kl_k3(logprobs, ref_logprobs.detach().where(counts, 0.0)) * mask).sum() / Z
         loss = loss + kl_coef * kl if kl_coef else loss
 
     with torch.no_grad():

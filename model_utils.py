@@ -11,10 +11,12 @@ nothing of distribution: `shard` applies FSDP2 from outside and `gather_model` u
 Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads, G = H/K, E head size.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,7 +291,11 @@ def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float 
     mask: [B, T-1] bool; positions outside it are not computed and come out as 0 (prompts and padding).
     chunk_size: positions whose logits exist at the same time.
     Returns [B, T-1] float32, and with return_entropy also the entropy of each of these distributions (nats, detached).
+    Raises ValueError for fewer than two positions or a temperature that is not above 0.
     """
+    if tokens.shape[1] < 2 or not temperature > 0:
+        raise ValueError(f"token_logprobs needs at least 2 positions and a temperature above 0, not {tokens.shape[1]} "
+                         f"and {temperature}")
     logprobs, entropy = model(tokens[:, :-1], tokens[:, 1:], temperature=temperature,
                               mask=mask, chunk_size=chunk_size)
     return (logprobs, entropy) if return_entropy else logprobs
@@ -307,7 +313,11 @@ def find_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except Exception as error:
         raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub did not give one "
-                         f"of that name ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+                         f"of that name ({_brief(error)})") from error
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def load_model(path: str, device="cpu", dtype=torch.float32):
@@ -319,19 +329,20 @@ def load_model(path: str, device="cpu", dtype=torch.float32):
     folder = find_folder(str(path))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: not a Hugging Face model folder")
-    raw = json.loads((folder / "config.json").read_text())
-    if raw.get("model_type") not in FAMILIES:   # before AutoConfig, which may not know it or may run code from the folder
-        raise ValueError(f"{folder}: architecture {raw.get('model_type')!r} is not supported; "
-                         f"supported: {', '.join(FAMILIES)}")
-    hf_config = AutoConfig.from_pretrained(folder)
-    try:
+    with _naming(folder / "config.json"):
+        family = json.loads((folder / "config.json").read_text()).get("model_type")
+    if family not in FAMILIES:   # before AutoConfig, which may not know it or may run code from the folder
+        raise ValueError(f"{folder}: architecture {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    with _naming(folder / "config.json"):
+        hf_config = AutoConfig.from_pretrained(folder)
         config = ModelConfig.from_hf(hf_config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(_read_tensors(folder, model, device, dtype), assign=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _naming(f"the tokenizer of {folder}"):   # without files transformers would make up an empty one
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise ValueError("there is no tokenizer.json, tokenizer.model or vocab.json")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     model.hf_config = hf_config
     if (folder / "generation_config.json").is_file():
         model.generation_config = json.loads((folder / "generation_config.json").read_text())
@@ -340,6 +351,15 @@ def load_model(path: str, device="cpu", dtype=torch.float32):
     stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
     model.stop_ids = tuple(sorted(stops - {None}))
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _naming(what):
+    """Whatever goes wrong with a file becomes a ValueError that names it: the libraries' errors are of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {error if type(error) is ValueError else _brief(error)}") from error
 
 
 def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, torch.Tensor]:
@@ -351,27 +371,33 @@ def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, 
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file; convert the model with transformers' save_pretrained")
-    tensors, left_over = {}, []
+    tensors, left_over, copies = {}, [], []
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is missing, though model.safetensors.index.json lists it")
-        with safe_open(file, framework="pt") as reader:
+        with _naming(file), safe_open(file, framework="pt") as reader:
             for name in reader.keys():
-                if name not in wanted:
-                    # Harmless: a second copy of tied embeddings, and RoPE frequencies that old Llama checkpoints carry.
-                    if not (name == "lm_head.weight" and model.config.tie_embeddings or name.endswith("inv_freq")):
-                        left_over.append(name)
+                if name.endswith("inv_freq"):   # RoPE frequencies, which old Llama checkpoints carry
                     continue
-                tensor = reader.get_tensor(name)
-                if tensor.shape != wanted[name]:
-                    raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, "
-                                     f"config.json says {list(wanted[name])}")
-                tensors[name] = nn.Parameter(tensor.to(device=device, dtype=dtype))
+                if name == "lm_head.weight" and model.config.tie_embeddings:
+                    copies.append(reader.get_tensor(name))
+                elif name not in wanted:
+                    left_over.append(name)
+                else:
+                    tensor = reader.get_tensor(name)
+                    if tensor.shape != wanted[name]:
+                        raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, "
+                                         f"config.json says {list(wanted[name])}")
+                    tensors[name] = nn.Parameter(tensor.to(device=device, dtype=dtype))
     missing = sorted(wanted.keys() - tensors.keys())
     for problem, names in (("lacks", missing), ("has, beyond what config.json says,", left_over)):
         if names:
             raise ValueError(f"{folder} {problem} {len(names)} tensor{'s' * (len(names) > 1)}: {', '.join(names[:5])}"
                              + (", …" if len(names) > 5 else ""))
+    for head in copies:   # harmless as long as it is a second copy of the embeddings
+        if not torch.equal(head.to(device=device, dtype=dtype), tensors["model.embed_tokens.weight"]):
+            raise ValueError(f"{folder}: config.json ties the embeddings, but lm_head.weight is another tensor; "
+                             f"set tie_word_embeddings to false to use it")
     return tensors
 
 
@@ -384,6 +410,9 @@ def save_model(model: Transformer, tokenizer, path: str) -> None:
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already; give a new path")
+    if model.hf_config is None:
+        raise ValueError("the model has no hf_config to write as config.json; load_model sets it")
+    barrier()   # every process has looked before rank 0 writes
     state = {}
     for name, parameter in model.named_parameters():
         full = full_tensor(parameter)   # a collective: every rank takes part
@@ -392,7 +421,8 @@ def save_model(model: Transformer, tokenizer, path: str) -> None:
     if is_main():
         from huggingface_hub import save_torch_state_dict
         aside = path.with_name(f".{path.name}.partial")
-        aside.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)   # of a save that was killed
+        aside.mkdir(parents=True)
         save_torch_state_dict(state, aside)
         # The dtype goes on a copy: the model in memory may be saved again in another.
         hf_config = type(model.hf_config).from_dict(model.hf_config.to_dict())
@@ -466,12 +496,13 @@ def shard(model: Transformer, compute_dtype: torch.dtype) -> Transformer:
     Float32 master weights; forward and backward in `compute_dtype`; gradients averaged over the processes in float32.
     Needs a process group, of whatever size.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for block in model.model.layers:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    return model
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def gather_model(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -6,6 +6,7 @@ The n responses to a prompt share its prefill. The model is the one that trains,
 are the old log-probabilities of the objective; no second pass is needed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,8 @@ def _check(model, prompts, n, max_new_tokens, temperature, top_p, top_k, stream_
                                ("top_k", top_k, 0), ("temperature", temperature, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature must be a finite number, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if stream_ids is not None and len(stream_ids) != len(prompts):
@@ -134,8 +137,9 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, u
         ranked, ids = logprobs.sort(dim=-1, descending=True, stable=True)
         if top_k:
             ranked[:, top_k:] = -torch.inf
-        probs = ranked.softmax(-1)
-        ranked[probs.cumsum(-1) - probs >= top_p] = -torch.inf   # the likelier tokens alone reach top_p
+        if top_p < 1:
+            probs = ranked.softmax(-1)
+            ranked[probs.cumsum(-1) - probs >= top_p] = -torch.inf   # the likelier tokens alone reach top_p
         logprobs = torch.full_like(logprobs, -torch.inf).scatter(-1, ids, ranked).log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)                                               # [B, V]
     targets = uniforms[:, None] * cumulative[:, -1:]   # scaled to the sum, which rounding keeps from being exactly 1
@@ -159,7 +163,7 @@ def _stream_key(*parts: int) -> int:
     """One int64 from (seed, stream id, sample)."""
     key = 0
     for part in parts:
-        key = (key + part + 1) * _GOLDEN & _64_BITS
+        key = (key + int(part) + 1) * _GOLDEN & _64_BITS
         key = (key ^ key >> 30) * _MIX_1 & _64_BITS
         key = (key ^ key >> 27) * _MIX_2 & _64_BITS
         key ^= key >> 31

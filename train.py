@@ -19,6 +19,7 @@ Every random choice is a function of (seed, step, question), never of a process 
 import copy
 import difflib
 import functools
+import itertools
 import json
 import random
 import shutil
@@ -152,7 +153,7 @@ class Options:
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
 
 
-# Options that a resumed run may change: they move no number of the steps still to come.
+# Options that a resumed run may change: beyond rounding they move no number of the steps still to come.
 FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "max_batch",
                   "micro_batch_size", "eval_every"}
 
@@ -272,10 +273,12 @@ def choose_folder(options: Options) -> tuple[Path, dict | None]:
         if not taken and folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} holds files that are no run of this script; give another --output-dir")
     else:
-        base = Path("runs") / f"{options.method}-seed{options.seed}"
-        names = [base] + [base.with_name(f"{base.name}-{i}") for i in range(2, 10_000)]
-        taken = [name for name in names if (name / "config.yaml").is_file()]
-        folder = next(name for name in names if not name.exists())
+        base, taken = Path("runs") / f"{options.method}-seed{options.seed}", []
+        for number in itertools.count(1):
+            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+            if not folder.exists():
+                break
+            taken += [folder] if (folder / "config.yaml").is_file() else []
     if options.resume and taken:
         return taken[-1], yaml.safe_load((taken[-1] / "config.yaml").read_text())
     if options.resume:
@@ -337,10 +340,11 @@ def select_data(options: Options, builder: PromptBuilder, problems: list[Problem
 
     too_long = f"with a prompt over {o.max_prompt_length} tokens"
     fits = lambda p: len(builder.plain(p)) <= o.max_prompt_length   # noqa: E731
-    held_out = keep("held-out problems", held_out, too_long, fits)[:o.eval_problems or None]
+    held_out = keep("held-out problems", held_out, too_long, fits)
     problems = keep("training problems", problems, too_long, fits)
     tests = {p.problem for p in held_out}
     problems = keep("training problems", problems, "that are held-out ones too", lambda p: p.problem not in tests)
+    held_out = held_out[:o.eval_problems or None]
     demonstrations = None
     if o.off_policy == "dataset":
         problems = keep("training problems", problems, f"with an expert response over {o.max_new_tokens} tokens",

@@ -30,6 +30,7 @@ from data import DEMO_SEPARATOR, INSTRUCTION, Problem, PromptBuilder
 from model_utils import ModelConfig, Transformer, save_model, token_logprobs
 from rollout import generate
 
+OPENING = "Adding up: "   # of a worked solution; one token, so that answering at once or not is one choice
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
                  "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -38,7 +39,7 @@ CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a printable ASCII character, plus one for each fixed piece of the prompts, so that they stay short."""
     special = ["<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
-    pieces = [" " + INSTRUCTION, "Question: ", "Answer:", DEMO_SEPARATOR, "\\boxed{"]
+    pieces = [" " + INSTRUCTION, "Question: ", "Answer:", DEMO_SEPARATOR, "\\boxed{", OPENING]
     characters = ["\n"] + [chr(c) for c in range(32, 127)]
     vocab = {token: i for i, token in enumerate(special + pieces + characters)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
@@ -52,8 +53,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_problem(rng: random.Random, lengths: tuple[int, int]) -> Problem:
     numbers = [rng.randint(1, 9) for _ in range(rng.randint(*lengths))]
-    sums = [sum(numbers[:i + 1]) for i in range(len(numbers))]
-    return Problem("+".join(map(str, numbers)), str(sums[-1]), f"{' '.join(map(str, sums))} \\boxed{{{sums[-1]}}}")
+    worked, total = str(numbers[0]), numbers[0]
+    for number in numbers[1:]:
+        total += number
+        worked += f"+{number}={total}"
+    return Problem("+".join(map(str, numbers)), str(total), f"{OPENING}{worked} \\boxed{{{total}}}")
 
 
 def make_problems(rng: random.Random, count: int, lengths: tuple[int, int], taken: set[str]) -> list[Problem]:
@@ -73,9 +77,10 @@ def quick_answer(problem: Problem, rng: random.Random, right: float) -> str:
 
 
 def make_document(rng: random.Random, builder: PromptBuilder, settings, lengths, taken) -> tuple[list[int], int]:
-    """Token ids of a training document and the position at which its last answer starts."""
+    """Token ids of a training document and the position at which its loss starts."""
     count = rng.choices((0, 1, 2), weights=(0.45, 0.45, 0.10))[0]
-    worked = rng.random() < (0.5 if count else settings.worked_share)
+    continued = count == 0 and rng.random() < settings.continued_share
+    worked = continued or rng.random() < (0.5 if count else settings.worked_share)
     *examples, problem = make_problems(rng, count + 1, lengths, set(taken))
 
     def answer(p):
@@ -83,7 +88,7 @@ def make_document(rng: random.Random, builder: PromptBuilder, settings, lengths,
 
     prompt = builder.demo_prefixed(problem, [Problem(p.problem, p.answer, answer(p)) for p in examples])
     response = builder.tokenizer.encode(answer(problem)) + [builder.tokenizer.eos_token_id]
-    return prompt + response, len(prompt)
+    return prompt + response, len(prompt) + continued
 
 
 def train(model: Transformer, builder: PromptBuilder, settings, lengths, taken) -> None:
@@ -115,13 +120,13 @@ def train(model: Transformer, builder: PromptBuilder, settings, lengths, taken) 
 
 
 def accuracy(model: Transformer, builder: PromptBuilder, problems, demonstrations, shots: int) -> tuple[float, float]:
-    """At temperature 1: the share of right answers, and of answers with running sums."""
+    """At temperature 1: the share of right answers, and of worked ones."""
     rng = random.Random(shots)
     prompts = [builder.demo_prefixed(p, rng.sample(demonstrations, shots)) for p in problems]
-    done = generate(model, prompts, max_new_tokens=48, stop_ids=[builder.tokenizer.eos_token_id])
+    done = generate(model, prompts, max_new_tokens=64, stop_ids=[builder.tokenizer.eos_token_id])
     texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in done]
     right = sum(text.endswith(f"\\boxed{{{p.answer}}}") for text, p in zip(texts, problems))
-    return right / len(problems), sum(not text.startswith("\\boxed{") for text in texts) / len(problems)
+    return right / len(problems), sum(text.startswith(OPENING) for text in texts) / len(problems)
 
 
 def write_jsonl(path: Path, problems: list[Problem], experts: bool = False) -> None:
@@ -140,6 +145,7 @@ def main() -> None:
     add("--batch-size", type=int, default=64, help="documents a step")
     add("--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule")
     add("--worked-share", type=float, default=0.01, help="share of worked answers among the single problems")
+    add("--continued-share", type=float, default=0.2, help="share of them worked out without loss on the opening")
     add("--quick-right", type=float, default=0.2, help="share of right answers among those given at once")
     add("--terms", type=int, nargs=2, default=(5, 8), help="fewest and most numbers in a sum")
     add("--train-size", type=int, default=2000, help="problems to train on")
@@ -175,7 +181,7 @@ def main() -> None:
     train(model, builder, settings, settings.terms, held_out)
     for shots in (0, 1, 2):
         right, worked = accuracy(model, builder, test, demonstrations, shots)
-        print(f"{shots} shots: {right:6.1%} right, {worked:6.1%} with running sums")
+        print(f"{shots} shots: {right:6.1%} right, {worked:6.1%} worked out")
     folder = settings.output_dir / "model"
     if folder.exists():
         for file in folder.iterdir():

@@ -1,0 +1,126 @@
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import curves
+from data import Demonstrations, PromptBuilder, load_problems
+from eval import Options, evaluate, prepare, summarise
+from model_utils import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny"
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model, tokenizer = load_model(TINY / "model")
+    return model, PromptBuilder(tokenizer), load_problems(TINY / "test.jsonl")
+
+
+def record(score, answer="1", finished=True, tokens=10):
+    return {"id": "p", "response": rf"\boxed{{{answer}}}", "score": score, "finished": finished, "tokens": tokens}
+
+
+def test_summary_by_hand():
+    records = [record(1.0, "7"), record(0.0, "5"), record(0.0, "5", finished=False, tokens=20), record(1.0, "7.0"),   # 5 wins
+               record(1.0, "3"), record(1.0, "3"), record(0.0, "4"), record(1.0, "3"),
+               record(0.0, "1"), record(0.0, "2"), record(0.0, "3"), record(0.0, "4")]
+    summary = summarise(records, samples=4)
+    # Problem means 1/2, 3/4 and 0: mean 5/12, standard deviation 0.3819.
+    assert summary == pytest.approx({"accuracy": 5 / 12, "half_width": 1.96 * 0.381881 / 3 ** 0.5, "pass": 2 / 3,
+                                     "majority": 1 / 3, "tokens": 130 / 12, "truncated": 1 / 12}, rel=1e-4)
+
+
+def test_an_earlier_of_two_equally_common_answers_is_the_majority():
+    assert summarise([record(1.0, "7"), record(0.0, "5")], samples=2)["majority"] == 1.0
+    assert summarise([record(0.0, "5"), record(1.0, "7")], samples=2)["majority"] == 0.0
+
+
+def test_the_embedded_model_is_what_the_method_rests_on(embedded):
+    """Asked plainly it mostly answers at once and mostly wrong; with an example it works the problem out, mostly right."""
+    model, builder, problems = embedded
+    assert sum(p.numel() for p in model.parameters()) <= 3e6
+    pool = load_problems(TINY / "demonstrations.jsonl", needs=("solution",))
+    demonstrations = Demonstrations(pool, builder, 1, 512)
+    demonstrations.admit(problems)
+    plain = evaluate(model, builder, problems, max_new_tokens=48)
+    steered = evaluate(model, builder, problems, demonstrations, max_new_tokens=48)
+    assert summarise(plain, 1)["accuracy"] <= 0.25 and summarise(steered, 1)["accuracy"] >= 0.75
+    assert sum(r["response"].startswith("\\boxed{") for r in plain) > 0.9 * len(plain)
+    assert sum(r["response"].startswith("\\boxed{") for r in steered) < 0.1 * len(steered)
+    # No held-out problem stands among those to learn from.
+    others = load_problems(TINY / "train.jsonl", needs=("expert_response",)) + pool
+    assert not {p.problem for p in problems} & {p.problem for p in others}
+
+
+def test_an_evaluation_depends_on_seed_and_problem_alone(embedded):
+    model, builder, problems = embedded
+    one = evaluate(model, builder, problems[:6], samples=3, max_new_tokens=48, max_batch=4)
+    two = evaluate(model, builder, problems[:4], samples=3, max_new_tokens=48)
+    assert one[:12] == two and [r["sample"] for r in one] == [0, 1, 2] * 6
+    assert evaluate(model, builder, problems[:6], samples=3, max_new_tokens=48, seed=1) != one
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(data="nowhere.jsonl"), "no data file at nowhere.jsonl"), (dict(model="./nowhere"), "no model at './nowhere'"),
+    (dict(shots=[0, -1]), "at least 0"), (dict(samples=0), "at least 1"),
+    (dict(max_prompt_length=5), "no problem is left: every prompt passes 5 tokens")])
+def test_mistakes(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(Options(**change))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command(tmp_path, processes):
+    """From another folder, in one process and in two: the same table and samples."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
+               str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "1", "--limit", "12"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    table = [line.split() for line in done.stdout.splitlines()[1:4]]
+    assert table[0] == ["shots", "avg@1", "pass@1", "maj@1", "tokens", "truncated"]
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert [row["shots"] for row in rows] == [0] * 12 + [1] * 12
+    for line, part in zip(table[1:], (rows[:12], rows[12:])):
+        assert line[1] == f"{sum(row['score'] for row in part) / 12:.1%}"
+    model, tokenizer = load_model(TINY / "model")
+    alone = evaluate(model, PromptBuilder(tokenizer), load_problems(TINY / "test.jsonl")[:12], max_new_tokens=48)
+    assert [row["response"] for row in rows[:12]] == [row["response"] for row in alone]
+
+
+def test_curves(tmp_path):
+    for name, method, shift in (("a", "icpo", 0.0), ("b", "icpo", 0.2), ("c", "grpo", 0.1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"method: {method}\n")
+        rows = [{"step": 1, "reward_on": 0.1 + shift, "reward_off": None, "eval_accuracy_before": 0.1},
+                {"step": 2, "reward_on": 0.2 + shift, "reward_off": None, "eval_accuracy": 0.5 + shift}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curves.series(curves.read_metrics(tmp_path / "a"), "eval_accuracy") == {0: 0.1, 2: 0.5}
+    assert curves.series(curves.read_metrics(tmp_path / "a"), "reward_off") == {}
+    curves.draw([tmp_path / name for name in "abc"], tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="is not a run"):
+        curves.draw([tmp_path / "none"], tmp_path / "out.png")
+
+
+def test_the_example_in_the_readme_runs_and_learns():
+    """A policy that is a table of logits comes to prefer the tokens of the responses that are right."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    exec(code, example := {})
+    logits = torch.nn.Parameter(torch.zeros(10))
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]])
+    for _ in range(5):
+        old = logits.detach().log_softmax(-1)[tokens]
+        loss, _ = example["icpo_update"](lambda t: logits.log_softmax(-1)[t], optimizer, tokens, old, torch.ones(4, 3),
+                                         torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.long),
+                                         torch.tensor([False, False, False, True]))
+        assert torch.isfinite(loss)
+    assert logits.argmax() == 1

@@ -1,0 +1,367 @@
+"""The Transformer against transformers' models of random weights, and the reading and writing of their folders."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+from model_utils import ModelConfig, Transformer, gather_model, load_model, save_model, token_logprobs
+from rollout import generate
+
+V, STOP = 100, 3
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 32}   # short, so that each of the three bands has a frequency
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def make_config(family="qwen3", **changes):
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=None)
+    return kind(**shape | changes)
+
+
+def randomise(model, seed=0):
+    """Biases and norm weights too: left at 0 and 1 they would hide their being ignored."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=g) + ("norm" in name))
+    return model
+
+
+def make_folder(path, config, generation=None, **how):
+    """A folder as transformers writes it; returns the model it was written from."""
+    hf = randomise(AutoModelForCausalLM.from_config(config)).eval()
+    for name, value in (generation or {}).items():
+        setattr(hf.generation_config, name, value)
+    hf.save_pretrained(path, **how)
+    vocab = {f"<{i}>": i for i in range(V)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{STOP}>").save_pretrained(path)
+    return hf
+
+
+def make_model(vocab=V, **changes):
+    return randomise(Transformer(ModelConfig.from_hf(make_config(vocab_size=vocab, **changes))))
+
+
+def random_tokens(*shape, vocab=V, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against transformers
+
+@pytest.mark.parametrize("family, changes", [
+    ("llama", {}),
+    ("llama", dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    ("llama", dict(num_key_value_heads=4, head_dim=16, attention_bias=True)),
+    ("llama", dict(mlp_bias=True, rms_norm_eps=0.1)),
+    ("llama", dict(rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16)),
+    ("qwen2", {}),
+    ("qwen2", dict(num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    ("qwen2", dict(num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)),
+    ("qwen3", {}),   # head_dim 128, by default
+    ("qwen3", dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, num_hidden_layers=3)),
+    ("qwen3", dict(num_key_value_heads=4, head_dim=8, attention_bias=True)),
+    ("qwen3", dict(head_dim=16, rope_parameters=LLAMA3_SCALING | {"rope_theta": 1e3}, hidden_size=64)),
+], ids=str)
+def test_logits_and_greedy_generation(family, changes, tmp_path):
+    hf = make_folder(tmp_path, make_config(family, **changes))
+    model, _ = load_model(tmp_path)
+    tokens = random_tokens(3, 80)
+    with torch.no_grad():
+        assert_close(model(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+    prompts = tokens[:, :7]
+    expected = hf.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=64,
+                           pad_token_id=0)[:, 7:]
+    assert [c.tokens for c in generate(model, prompts.tolist(), temperature=0, max_new_tokens=64)] == expected.tolist()
+
+
+@pytest.mark.parametrize("type_key", ["rope_type", "type"])
+def test_rope_settings_as_transformers_4_has_them(type_key, tmp_path):
+    config = make_config("llama", rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16)
+    hf = make_folder(tmp_path, config)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["rope_parameters"]
+    old |= {"rope_theta": 5e5, "rope_scaling": {type_key: "llama3"} | dict(list(LLAMA3_SCALING.items())[1:])}
+    assert ModelConfig.from_hf(SimpleNamespace(**old)) == ModelConfig.from_hf(config)   # its config object
+    (tmp_path / "config.json").write_text(json.dumps(old))                              # its config.json
+    tokens = random_tokens(2, 80)
+    with torch.no_grad():
+        assert_close(load_model(tmp_path)[0](tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bfloat16_on_a_gpu_is_as_near_to_float32_as_transformers_is(tmp_path):
+    hf = make_folder(tmp_path, make_config(head_dim=16))
+    tokens = random_tokens(4, 64)
+    with torch.no_grad():
+        exact = hf(tokens).logits.log_softmax(-1)
+        theirs = hf.to("cuda", torch.bfloat16)(tokens.cuda()).logits.float().log_softmax(-1).cpu()
+        model, _ = load_model(tmp_path, device="cuda", dtype=torch.bfloat16)
+        ours = model(tokens.cuda()).float().log_softmax(-1).cpu()
+    assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean() + 1e-3
+    completions = generate(model, tokens[:, :9].tolist(), n=2, max_new_tokens=32, seed=1)
+    for prompt, completion in zip(tokens[:, :9].repeat_interleave(2, 0).tolist(), completions):
+        again = token_logprobs(model, torch.tensor([prompt + completion.tokens], device="cuda"))[0, 8:]
+        assert (again.detach().cpu() - torch.tensor(completion.logprobs)).abs().mean() < 0.1
+
+
+def test_right_padding_does_not_change_the_real_positions():
+    model, tokens, lengths = make_model(head_dim=16), random_tokens(3, 12), (12, 7, 1)
+    logits = model(tokens)   # what follows the real positions is as arbitrary as any padding
+    for row, length in enumerate(lengths):
+        assert_close(logits[row, :length], model(tokens[row:row + 1, :length])[0], atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+def test_sharded_folder(tmp_path):
+    hf = make_folder(tmp_path, make_config(hidden_size=64), max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    tokens = random_tokens(2, 20)
+    assert_close(load_model(tmp_path)[0](tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_save_model_writes_both_libraries_read(dtype, tied, tmp_path):
+    generation = {"eos_token_id": [7, 5], "temperature": 0.6, "do_sample": True}
+    make_folder(tmp_path / "a", make_config("llama", attention_bias=True, tie_word_embeddings=tied), generation)
+    model, tokenizer = load_model(tmp_path / "a", dtype=dtype)
+    save_model(model, tokenizer, tmp_path / "new" / "b")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["b"]   # nothing is left of what was written aside
+
+    again, tokenizer_again = load_model(tmp_path / "new" / "b", dtype=dtype)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.stop_ids == model.stop_ids == (STOP, 5, 7)   # those of generation_config and of the tokenizer
+    assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
+
+    config = json.loads((tmp_path / "new" / "b" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "b", dtype=torch.float32)
+    assert theirs.generation_config.eos_token_id == [7, 5] and theirs.generation_config.temperature == 0.6
+    tokens = random_tokens(2, 20)
+    assert_close(theirs(tokens).logits, model.float()(tokens), atol=1e-4, rtol=0)
+
+
+def test_save_model_refuses_an_existing_path(tmp_path):
+    make_folder(tmp_path / "a", make_config())
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir()}
+    with pytest.raises(ValueError, match="a exists already"):
+        save_model(*load_model(tmp_path / "a"), tmp_path / "a")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir()} == before
+
+
+@pytest.mark.parametrize("config_stops, generation_stops, expected", [
+    (None, None, (STOP,)), (9, None, (STOP, 9)), (9, 8, (STOP, 8)), (None, [8, STOP], (STOP, 8))])
+def test_stop_ids(config_stops, generation_stops, expected, tmp_path):
+    make_folder(tmp_path, make_config(eos_token_id=config_stops))
+    if generation_stops is None:
+        (tmp_path / "generation_config.json").unlink()
+    else:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_stops}))
+    assert load_model(tmp_path)[0].stop_ids == expected
+
+
+def test_harmless_extra_tensors_are_passed_over(tmp_path):
+    make_folder(tmp_path, make_config(tie_word_embeddings=True))
+    embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensor(tmp_path, "lm_head.weight", embeddings.clone())
+    edit_tensor(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
+    assert "lm_head.weight" not in load_model(tmp_path)[0].state_dict()
+    edit_tensor(tmp_path, "lm_head.weight", embeddings + 1)   # no copy: transformers would use it
+    with pytest.raises(ValueError, match="lm_head.weight is another tensor"):
+        load_model(tmp_path)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_tensor(folder, name, tensor=None):
+    """Put `tensor` in place of the one of this name, or beside the others; None takes it out."""
+    files = sorted(folder.glob("*.safetensors"))
+    file = next((file for file in files if name in load_file(file)), files[0])
+    tensors = load_file(file) | {name: tensor}
+    save_file({n: t for n, t in tensors.items() if t is not None}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def sound_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound")
+    make_folder(folder, make_config("qwen2"), max_shard_size="10KB")
+    return folder
+
+
+@pytest.mark.parametrize("spoil, culprit", [
+    (lambda f: edit_config(f, model_type="gpt2"), "'gpt2'"),
+    (lambda f: edit_config(f, model_type=None), "None"),
+    (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "quantization_config"),
+    (lambda f: edit_config(f, use_sliding_window=True, sliding_window=16, max_window_layers=0), "use_sliding_window"),
+    (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "'yarn'"),
+    (lambda f: edit_config(f, hidden_act="gelu"), "'gelu'"),
+    (lambda f: edit_tensor(f, "model.norm.weight"), "lacks 1 tensor: model.norm.weight"),
+    (lambda f: edit_tensor(f, "lm_head.weight", torch.ones(V, 31)), r"lm_head.weight .*\[100, 31\].*\[100, 32\]"),
+    (lambda f: edit_tensor(f, "model.layers.2.extra", torch.ones(1)), "1 tensor: model.layers.2.extra"),
+    (lambda f: edit_config(f, num_hidden_layers=3, layer_types=None), r"lacks 12 tensors: model.layers.2.*, …"),
+    (lambda f: edit_config(f, num_key_value_heads=4), r"k_proj.* \[16\].*\[32\]"),
+    (lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(), "model-00002-of-.* is missing"),
+    (lambda f: [file.unlink() for file in f.glob("model*")], "no .safetensors file"),
+    (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json: .*JSON"),
+    (lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}), "config.json: "),
+    (lambda f: sorted(f.glob("*.safetensors"))[0].write_text("version https://git-lfs"), "model-00001-of-.*safetensors: "),
+    (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "the tokenizer of "),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_a_folder_that_cannot_be_loaded(spoil, culprit, sound_folder, tmp_path):
+    folder = shutil.copytree(sound_folder, tmp_path / "m")
+    load_model(folder)
+    spoil(folder)
+    with pytest.raises(ValueError, match=culprit):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["no-such-owner/no-such-model", "/no/such/folder", "no such name"])
+def test_no_model_of_that_name(name):
+    with pytest.raises(ValueError, match=f"no model at '{name}'"):
+        load_model(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token_logprobs
+
+def full_logprobs(model, tokens, temperature):
+    logprobs = (model(tokens[:, :-1]) / temperature).log_softmax(-1)
+    return logprobs.gather(-1, tokens[:, 1:, None])[..., 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tied, temperature", [(False, 1.0), (True, 0.6)])
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 1024])
+def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, masked):
+    model, tokens = make_model(head_dim=16, tie_word_embeddings=tied), random_tokens(3, 11)
+    g = torch.Generator().manual_seed(1)
+    weights = torch.randn(3, 10, generator=g)
+    mask = torch.rand(3, 10, generator=g) < 0.4 if masked else None
+    inside = mask if masked else torch.ones(3, 10)
+
+    expected, expected_entropy = full_logprobs(model, tokens, temperature)
+    logprobs, entropy = token_logprobs(model, tokens, temperature, mask, chunk_size, return_entropy=True)
+    assert_close(logprobs, expected * inside, atol=1e-5, rtol=0)
+    assert_close(entropy, (expected_entropy * inside).detach(), atol=1e-5, rtol=0)
+    assert not entropy.requires_grad
+
+    names, parameters = zip(*model.named_parameters())
+    expected_gradients = torch.autograd.grad((expected * inside * weights).sum(), parameters)
+    gradients = torch.autograd.grad((logprobs * weights).sum(), parameters)
+    for name, gradient, wanted in zip(names, gradients, expected_gradients):
+        assert_close(gradient, wanted, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def test_an_empty_mask_gives_zeros_and_zero_gradients():
+    model = make_model(head_dim=16)
+    logprobs, entropy = token_logprobs(model, random_tokens(2, 5), mask=torch.zeros(2, 4, dtype=torch.bool),
+                                       return_entropy=True)
+    assert logprobs.tolist() == entropy.tolist() == [[0.0] * 4] * 2
+    logprobs.sum().backward()
+    for name, parameter in model.named_parameters():   # FSDP waits for a gradient of each of them
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel] + [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        return out
+
+
+def measure(logprobs_of):
+    """Largest tensor made forward, largest made backward, and elements kept from the one for the other."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with LargestTensor() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = logprobs_of().sum()
+    with LargestTensor() as backward:
+        total.backward()
+    return forward.numel, backward.numel, sum(kept.values())
+
+
+@pytest.mark.parametrize("B, T, chunk_size", [(2, 3, 1024), (2, 16, 1024), (3, 32, 5)])
+def test_the_full_logits_are_never_held(B, T, chunk_size):
+    vocab = 5000   # so many that two positions' logits are as large as the head, of two dimensions
+    model = make_model(vocab, hidden_size=2, intermediate_size=2, num_attention_heads=1, num_key_value_heads=1,
+                       head_dim=2, num_hidden_layers=1)
+    tokens = random_tokens(B, T + 1, vocab=vocab)
+    whole = B * T * vocab
+    assert min(measure(lambda: full_logprobs(model, tokens, 1.0)[0])) >= whole   # the measure sees them where they are
+    assert max(measure(lambda: token_logprobs(model, tokens, chunk_size=chunk_size))) <= whole / 2
+
+
+def test_finite_differences():
+    """The softmax is in float32 whatever the model's dtype is, hence the wide step and tolerance."""
+    model = make_model(vocab=5, hidden_size=4, intermediate_size=4, num_attention_heads=2, num_key_value_heads=1,
+                       head_dim=2, num_hidden_layers=1).double()
+    tokens, mask = random_tokens(2, 4, vocab=5), torch.tensor([[True, True, False], [False, True, True]])
+
+    def logprobs(*parameters):
+        return torch.func.functional_call(model, dict(zip(names, parameters)), (tokens[:, :-1], tokens[:, 1:]),
+                                          dict(temperature=0.8, mask=mask, chunk_size=2))[0]
+
+    names, parameters = zip(*model.named_parameters())
+    assert torch.autograd.gradcheck(logprobs, parameters, eps=3e-3, atol=1e-3, rtol=1e-3, nondet_tol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The copy to sample with
+
+def test_gather_model():
+    model = make_model(head_dim=16, tie_word_embeddings=True)
+    model.stop_ids = (1, 2)
+    assert gather_model(model, torch.float32) is model
+    copy = gather_model(model, torch.bfloat16)
+    assert copy.stop_ids == (1, 2) and model.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor.bfloat16()), name
+
+
+def test_what_a_killed_save_left_behind_does_not_get_into_the_next(tmp_path):
+    (tmp_path / ".m.partial").mkdir()
+    (tmp_path / ".m.partial" / "generation_config.json").write_text('{"eos_token_id": [77]}')
+    make_folder(tmp_path / "source", make_config())
+    model, tokenizer = load_model(tmp_path / "source")
+    model.generation_config = None
+    save_model(model, tokenizer, tmp_path / "m")
+    assert load_model(tmp_path / "m")[0].stop_ids == model.stop_ids and not (tmp_path / ".m.partial").exists()
+
+
+@pytest.mark.parametrize("shape, temperature", [((2, 1), 1.0), ((2, 3), 0.0)])
+def test_token_logprobs_refuses(shape, temperature):
+    with pytest.raises(ValueError, match=f"not {shape[1]} and {temperature}"):
+        token_logprobs(make_model(), random_tokens(*shape), temperature)

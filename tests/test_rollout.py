@@ -1,0 +1,279 @@
+"""Sampling, against transformers' generate and against distributions worked out here from the full logits."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from model_utils import ModelConfig, Transformer, token_logprobs
+from rollout import Completion, _stream_key, generate, sample, uniform
+
+V, NEW = 40, 24
+PROMPTS = [[5, 17, 2, 30, 9], [11], [3, 3, 8, 1, 0, 39, 22, 14, 7], [25, 6, 19], [1, 2, 3, 4, 5, 6, 7, 8, 9], [28, 33]]
+
+
+@pytest.fixture(scope="module")
+def hf():
+    config = Qwen3Config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
+                         bos_token_id=None, eos_token_id=None)
+    g = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=g) + ("norm" in name))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(hf):
+    model = Transformer(ModelConfig.from_hf(hf.config))
+    model.load_state_dict(hf.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference(hf):
+    """Greedy completions by transformers, one prompt at a time."""
+    @functools.cache
+    def run(*stop_ids):
+        completions = []
+        for prompt in PROMPTS:
+            tokens = torch.tensor([prompt])   # without a mask generate would take the pad id in a prompt for padding
+            out = hf.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW,
+                              pad_token_id=0, eos_token_id=list(stop_ids) or None)
+            completions.append(out[0, len(prompt):].tolist())
+        return completions
+    return run
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [c.tokens for c in completions]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Greedy
+
+@pytest.mark.parametrize("max_batch", [1, 2, 5, 6, 100])
+@pytest.mark.parametrize("stop_at", ["never", "first", "last", "somewhere"])
+def test_greedy_equals_transformers(stop_at, max_batch, model, reference):
+    plain, length = reference(), NEW
+    if stop_at == "last":   # the last token that is new in its sequence, which is cut behind it
+        length = 1 + max(i for i, token in enumerate(plain[0]) if token not in plain[0][:i])
+    stops = {"never": [], "first": plain[2][:1], "last": [plain[0][length - 1]],
+             "somewhere": [plain[0][4], plain[3][9], plain[4][7]]}[stop_at]
+    completions = generate(model, PROMPTS, temperature=0, max_new_tokens=length, stop_ids=stops, max_batch=max_batch)
+    assert tokens_of(completions) == [tokens[:length] for tokens in reference(*stops)]
+    assert [c.finished for c in completions] == [c.tokens[-1] in stops for c in completions]
+    assert all(c.logprobs == [0.0] * len(c.tokens) for c in completions)
+
+    if stop_at == "never":
+        assert not any(c.finished for c in completions)
+    elif stop_at == "first":
+        assert completions[2].finished and len(completions[2].tokens) == 1
+    elif stop_at == "last":
+        assert completions[0].finished and len(completions[0].tokens) == length > 1
+    else:
+        assert len({len(c.tokens) for c in completions}) > 2   # the batch shrinks more than once
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 100])
+def test_n_completions_of_a_prompt_are_consecutive(max_batch, model, reference):
+    completions = generate(model, PROMPTS, n=3, temperature=0, max_new_tokens=NEW, max_batch=max_batch)
+    assert tokens_of(completions) == [tokens for tokens in reference() for _ in range(3)]
+
+
+def test_no_prompts_no_completions(model):
+    assert generate(model, [], max_new_tokens=5) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The distribution sampled from
+
+def exact_distribution(logits, temperature, top_p, top_k):
+    """logits [V] -> probabilities [V] float64, token by token from the likeliest one down."""
+    probs = (logits.double() / temperature).softmax(-1)
+    likeliest = sorted(range(len(probs)), key=lambda i: -float(probs[i]))[:top_k or len(probs)]
+    enough = top_p * float(probs[likeliest].sum())
+    kept = []
+    for i in likeliest:
+        if kept and float(probs[kept].sum()) >= enough:
+            break
+        kept.append(i)
+    truncated = torch.zeros_like(probs)
+    truncated[kept] = probs[kept] / probs[kept].sum()
+    return truncated
+
+
+SETTINGS = [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.6, 1.0, 0), (1.0, 1.0, 6), (0.7, 0.8, 0), (1.0, 0.75, 6), (1.3, 0.3, 0),
+            (1.0, 1e-6, 0), (1.0, 1.0, V)]
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", SETTINGS)
+def test_logprobs_are_those_of_the_distribution_sampled_from(temperature, top_p, top_k, model):
+    completions = generate(model, PROMPTS, n=2, max_new_tokens=NEW, temperature=temperature, top_p=top_p, top_k=top_k,
+                           stop_ids=[1, 30], seed=4)
+    for i, completion in enumerate(completions):
+        prompt = PROMPTS[i // 2]
+        sequence = torch.tensor([prompt + completion.tokens])
+        with torch.no_grad():
+            logits = model(sequence)[0, len(prompt) - 1:-1]
+            training = token_logprobs(model, sequence, temperature)[0, len(prompt) - 1:]
+        exact = [exact_distribution(row, temperature, top_p, top_k)[token].log().item()
+                 for row, token in zip(logits, completion.tokens)]
+        assert completion.logprobs == pytest.approx(exact, abs=1e-4)
+        if top_p == 1 and top_k in (0, V):
+            assert completion.logprobs == pytest.approx(training.tolist(), abs=1e-4)
+
+
+def chi_squared_bound(degrees):
+    """What a chi-squared number passes once in 30 000 times (Wilson and Hilferty: its cube root is nearly normal)."""
+    return degrees * (1 - 2 / (9 * degrees) + 4 * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+def assert_drawn_from(counts, probs):
+    """Pearson's test of counts [V] against probabilities [V]; those of zero must not be drawn at all."""
+    assert not counts[probs == 0].any()
+    expected = (probs * counts.sum())[probs > 0]
+    assert expected.min() > 5   # below that the statistic is not chi-squared
+    if len(expected) > 1:
+        statistic = ((counts[probs > 0] - expected) ** 2 / expected).sum().item()
+        assert statistic < chi_squared_bound(len(expected) - 1)
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", SETTINGS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sampling_frequencies(seed, temperature, top_p, top_k):
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(seed)).clamp(-1.5)
+    probs = exact_distribution(logits, temperature, top_p, top_k)
+    keys = torch.tensor([_stream_key(seed, i, 0) for i in range(20000)])
+    tokens, logprobs = sample(logits.expand(len(keys), V), temperature, top_p, top_k, uniform(keys, 3))
+    assert_drawn_from(tokens.bincount(minlength=V), probs)
+    assert torch.allclose(logprobs.double(), probs[tokens].log(), atol=1e-5)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2 ** -32])
+@pytest.mark.parametrize("top_k, forbidden", [(2, 0.0), (0, -math.inf)])
+def test_what_has_no_probability_is_not_drawn_at_the_ends_either(top_k, forbidden, u):
+    logits = torch.tensor([[forbidden] * 3 + [5.0, 5.0] + [forbidden] * 3])
+    tokens, logprobs = sample(logits, 1.0, 1.0, top_k, torch.tensor([u], dtype=torch.float64))
+    assert tokens.item() == (3 if u < 0.5 else 4) and logprobs.item() == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_temperature_zero_takes_the_likeliest(dtype):
+    logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens, logprobs = sample(logits, 0, 1.0, 0, torch.rand(50, dtype=torch.float64))
+    assert torch.equal(tokens, logits.argmax(-1)) and not logprobs.any() and logprobs.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The random numbers
+
+N = 20000
+ALONG = {
+    "seeds": lambda: uniform(torch.tensor([_stream_key(i, 5, 2) for i in range(N)]), 0),
+    "streams": lambda: uniform(torch.tensor([_stream_key(0, i, 0) for i in range(N)]), 0),
+    "samples": lambda: uniform(torch.tensor([_stream_key(7, 1, i) for i in range(N)]), 9),
+    "positions": lambda: torch.cat([uniform(torch.tensor([_stream_key(0, 0, 0)]), i) for i in range(N)]),
+    "neighbouring keys": lambda: uniform(torch.arange(N) - N // 2, 0),
+}
+
+
+@pytest.mark.parametrize("along", ALONG)
+def test_uniform_is_uniform_and_uncorrelated(along):
+    u = ALONG[along]()
+    assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
+    assert_drawn_from((u * 64).long().bincount(minlength=64), torch.full((64,), 1 / 64))
+    pairs = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()   # neighbours side by side, as one of 64 squares
+    assert_drawn_from(pairs[::2].bincount(minlength=64), torch.full((64,), 1 / 64))
+    for lag in (1, 2, 8):
+        correlation = torch.corrcoef(torch.stack((u[:-lag], u[lag:])))[0, 1].item()
+        assert abs(correlation) < 4 / math.sqrt(N)
+
+
+@pytest.mark.parametrize("key", [0, 1234567, -5, 2 ** 63 - 1, -2 ** 63])
+def test_uniform_is_the_upper_half_of_splitmix64(key):
+    for position in range(5):
+        z = (key + 0x9E3779B97F4A7C15 * (position + 1)) % 2 ** 64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2 ** 64
+        assert uniform(torch.tensor([key]), position).item() == ((z ^ z >> 31) >> 32) / 2 ** 32
+
+
+def test_stream_keys_differ():
+    numbers = (-1, 0, 1, 2, 41, 2 ** 31, 2 ** 63)
+    keys = [_stream_key(*parts) for parts in itertools.product(numbers, repeat=3)]
+    assert len(set(keys)) == len(keys) and torch.tensor(keys).dtype == torch.int64
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 7, 100])
+def test_what_is_sampled_depends_on_nothing_but_seed_stream_sample_and_prompt(max_batch, model):
+    def run(chosen, n=3, **changes):
+        return generate(model, [PROMPTS[i] for i in chosen], n=n, max_new_tokens=12, stop_ids=[1, 30],
+                        **dict(seed=5, stream_ids=list(chosen), max_batch=max_batch) | changes)
+
+    base = run(range(6), max_batch=256)
+    for chosen in (range(6), [3, 0, 5], [4], range(5, -1, -1)):
+        completions = run(chosen)
+        expected = [base[3 * i + s] for i in chosen for s in range(3)]
+        assert tokens_of(completions) == tokens_of(expected)
+        for completion, wanted in zip(completions, expected):
+            assert completion.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+    assert tokens_of(run(range(6), n=2)) == tokens_of(c for i, c in enumerate(base) if i % 3 < 2)
+    assert tokens_of(run(range(6), stream_ids=None)) == tokens_of(base)   # by default the index
+
+
+def test_what_is_sampled_differs_between_seeds_streams_and_samples(model):
+    def run(**changes):
+        return tokens_of(generate(model, [PROMPTS[0]] * 2, n=2, max_new_tokens=12,
+                                  **dict(seed=5, stream_ids=[0, 1]) | changes))
+
+    sampled = run() + run(seed=6) + run(stream_ids=[2, 3])
+    assert len({tuple(tokens) for tokens in sampled}) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest of the contract
+
+@pytest.mark.parametrize("max_batch", [1, 4, 100])
+def test_finished_and_progress(max_batch, model):
+    ended = []
+    completions = generate(model, PROMPTS, n=4, max_new_tokens=8, stop_ids=[1, 30, 12], max_batch=max_batch,
+                           progress=ended.append)
+    assert {c.finished for c in completions} == {True, False}   # else this would show nothing
+    for completion in completions:
+        assert completion.finished == (completion.tokens[-1] in (1, 30, 12))
+        assert completion.finished or len(completion.tokens) == 8
+        assert not {1, 30, 12} & set(completion.tokens[:-1])
+        assert len(completion.logprobs) == len(completion.tokens)
+    assert sum(ended) == 24 and min(ended) > 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(n=0), "n must be at least 1, not 0"),
+    (dict(max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
+    (dict(max_batch=-3), "max_batch must be at least 1, not -3"),
+    (dict(top_k=-1), "top_k must be at least 0, not -1"),
+    (dict(temperature=-0.5), "temperature must be at least 0, not -0.5"),
+    (dict(temperature=math.nan), "temperature must be a finite number, not nan"),
+    (dict(top_p=0.0), "top_p must be above 0 and at most 1, not 0.0"),
+    (dict(top_p=1.5), "top_p must be above 0 and at most 1, not 1.5"),
+    (dict(top_p=math.nan), "top_p must be above 0 and at most 1, not nan"),
+    (dict(stream_ids=[1, 2, 3]), "3 stream_ids for 2 prompts"),
+    (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[1], [2] * 55]), "prompt 1 has 55 tokens; with max_new_tokens=10 the model's 64 .* room for 54"),
+    (dict(max_new_tokens=70), "prompt 0 has 1 tokens; with max_new_tokens=70 the model's 64 .* room for 0"),
+    (dict(prompts=[[7, 40, 2], [1]]), "prompt 0 has token ids from 2 to 40; the vocabulary is 0 to 39"),
+    (dict(prompts=[[1], [7, -2]]), "prompt 1 has token ids from -2 to 7; the vocabulary is 0 to 39"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_settings_that_make_no_sense(arguments, message, model):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **dict(prompts=[[1], [2, 3]], max_new_tokens=10) | arguments)
+
+
+def test_a_prompt_that_just_fits(model):
+    assert len(generate(model, [[2] * 54], max_new_tokens=10)[0].tokens) == 10

@@ -1,0 +1,47 @@
+"""The embedded default: its files say what they should, and its script makes them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import load_problems
+from reward import extract_answer, score
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+
+
+@pytest.mark.parametrize("name, needs", [("train", ("solution", "expert_response")), ("test", ()),
+                                         ("demonstrations", ("solution",))])
+def test_every_problem_and_solution_is_right(name, needs):
+    problems = load_problems(TINY / f"{name}.jsonl", needs)
+    assert len({p.problem for p in problems}) == len(problems)
+    for p in problems:
+        assert sum(map(int, p.problem.split("+"))) == int(p.answer)
+        if needs:
+            steps = [list(map(int, re.findall(r"\d+", step))) for step in re.findall(r"(?=\b(\d+\+\d=\d+))", p.solution)]
+            assert all(a + b == c for a, b, c in steps) and len(steps) == p.problem.count("+")
+            assert extract_answer(p.solution) == p.answer
+    if name == "train":
+        assert score([p.expert_response for p in problems], [p.answer for p in problems]) == [1.0] * len(problems)
+
+
+def make(folder, *more):
+    done = subprocess.run([sys.executable, str(TINY / "make.py"), "--output-dir", str(folder), "--steps", "2", "--batch-size",
+                           "8", "--train-size", "20", "--test-size", "8", "--demonstrations", "5", *more],
+                          check=True, text=True, capture_output=True)
+    return done.stdout
+
+
+def test_the_script_makes_the_same_from_the_same_seed(tmp_path):
+    said = make(tmp_path / "a")
+    make(tmp_path / "b")
+    make(tmp_path / "c", "--seed", "1", "--terms", "2", "3")
+    assert "0 shots:" in said and "1 shots:" in said
+    for name in ("train.jsonl", "model/model.safetensors", "model/tokenizer.json"):
+        a, b, c = ((tmp_path / run / name).read_bytes() for run in "abc")
+        assert a == b and (name == "model/tokenizer.json") == (a == c)
+    assert {json.loads(line)["problem"].count("+") for line in (tmp_path / "c" / "train.jsonl").open()} == {1, 2}

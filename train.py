@@ -129,7 +129,7 @@ class Options:
     batch_size: int = option(16, "questions a step, over all processes")
     mini_batch_size: int = option(0, "questions an optimiser update; 0 is the whole batch")
     micro_batch_size: int = option(32, "sequences that a process puts through the model at the same time")
-    learning_rate: float = option(1e-4, "of AdamW, constant")
+    learning_rate: float = option(5e-5, "of AdamW, constant")
     weight_decay: float = option(0.01, "of AdamW")
     grad_clip: float = option(1.0, "largest gradient norm")
 

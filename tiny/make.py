@@ -1,6 +1,6 @@
 """Makes the embedded default: problems, worked demonstrations, tokenizer and a small model. All of it is made, not found.
 
-    python tiny/make.py                       # rewrites this folder, about 15 minutes on one core
+    python tiny/make.py                       # rewrites this folder, in about 20 minutes on one core
     python tiny/make.py --output-dir /tmp/t --worked-share 0.2      # one where plain sampling often works problems out
 
 ICPO needs a model that can do more with a worked example in its context than without. This script trains one that has
@@ -141,9 +141,9 @@ def main() -> None:
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path(__file__).resolve().parent, help="folder to write (default: this one)")
     add("--seed", type=int, default=0, help="of problems, weights and training documents")
-    add("--steps", type=int, default=1000, help="optimiser steps")
+    add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch-size", type=int, default=64, help="documents a step")
-    add("--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule")
+    add("--learning-rate", type=float, default=1.5e-3, help="peak of the one-cycle schedule")
     add("--worked-share", type=float, default=0.01, help="share of worked answers among the single problems")
     add("--continued-share", type=float, default=0.2, help="share of them worked out without loss on the opening")
     add("--quick-right", type=float, default=0.2, help="share of right answers among those given at once")

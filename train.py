@@ -134,7 +134,7 @@ class Options:
     grad_clip: float = option(1.0, "largest gradient norm")
 
     # Evaluation on held-out problems
-    eval_every: int = option(10, "evaluate every so many steps, before the first and after the last; 0 is never")
+    eval_every: int = option(5, "evaluate every so many steps, before the first and after the last; 0 is never")
     eval_problems: int = option(0, "held-out problems to evaluate on; 0 is all")
     eval_samples: int = option(1, "answers to each")
     eval_temperature: float = option(1.0, "sampling temperature there; 0 is greedy")

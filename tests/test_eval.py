@@ -104,6 +104,7 @@ def test_curves(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert curves.series(curves.read_metrics(tmp_path / "a"), "eval_accuracy") == {0: 0.1, 2: 0.5}
     assert curves.series(curves.read_metrics(tmp_path / "a"), "reward_off") == {}
+    assert curves.summarise(tmp_path / "a").endswith("a: 10.0% at step 0, 50.0% at step 2, 90 % not reached")
     curves.draw([tmp_path / name for name in "abc"], tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="is not a run"):

@@ -117,9 +117,10 @@ def test_the_example_in_the_readme_runs_and_learns():
     exec(code, example := {})
     logits = torch.nn.Parameter(torch.zeros(10))
     optimizer = torch.optim.SGD([logits], lr=1.0)
-    tokens = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]])
+    tokens = torch.tensor([[0, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]])
     for _ in range(5):
         old = logits.detach().log_softmax(-1)[tokens]
+        old[3] = 0.0   # with demonstrations in its context it was sure of these
         loss, _ = example["icpo_update"](lambda t: logits.log_softmax(-1)[t], optimizer, tokens, old, torch.ones(4, 3),
                                          torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.long),
                                          torch.tensor([False, False, False, True]))

@@ -7,6 +7,7 @@ Prints one row for each number of shots, and writes every sample to a JSONL file
 """
 
 import argparse
+import difflib
 import json
 import random
 import sys
@@ -50,6 +51,19 @@ def make_parser(options: type, description: str, **more) -> HfArgumentParser:
         if action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
     return parser
+
+
+def parse(parser: HfArgumentParser, arguments: list[str]):
+    """The options as a dataclass; exits with status 2 and a message for one that does not exist."""
+    options, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        parser.error(f"unknown option {rest[0]}{did_you_mean(rest[0], type(options), '--')}")
+    return options
+
+
+def did_you_mean(word: str, options: type, prefix: str = "") -> str:
+    close = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), options.__dataclass_fields__, 1)
+    return f"; did you mean {prefix}{close[0].replace('_', '-') if prefix else close[0]}?" if close else ""
 
 
 def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrations: Demonstrations | None = None, *,
@@ -147,8 +161,7 @@ def prepare(options: Options):
 
 
 def main() -> None:
-    parser = make_parser(Options, __doc__.split("\n")[0])
-    (options,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
     try:
         model, builder, problems, pools = prepare(options)
     except ValueError as error:

@@ -17,7 +17,6 @@ Every random choice is a function of (seed, step, question), never of a process 
 """
 
 import copy
-import difflib
 import functools
 import itertools
 import json
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from curves import draw
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
-from eval import DTYPES, embedded, evaluate, make_parser, option
+from eval import DTYPES, did_you_mean, embedded, evaluate, make_parser, option, parse
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
 from model_utils import (Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
@@ -172,23 +171,14 @@ def parse_options(arguments: list[str], saved: dict | None = None) -> Options:
             parser.error(f"{file}: lines of the form 'option: value' were expected")
         for name in settings:
             if name not in Options.__dataclass_fields__:
-                parser.error(f"{file}: unknown option {name!r}{_did_you_mean(name, '')}")
+                parser.error(f"{file}: unknown option {name!r}{did_you_mean(name, Options)}")
         arguments = _as_arguments(settings) + arguments[1:]
-    options, rest = parser.parse_args_into_dataclasses(_as_arguments(saved or {}) + arguments,
-                                                       return_remaining_strings=True, look_for_args_file=False)
-    if rest:
-        parser.error(f"unknown option {rest[0]}{_did_you_mean(rest[0], '--')}")
-    return options
+    return parse(parser, _as_arguments(saved or {}) + arguments)
 
 
 def _as_arguments(settings: dict) -> list[str]:
     """Settings of a file as if they were typed, so that both pass the same checks; PyYAML reads 1e-6 as text, too."""
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
-
-
-def _did_you_mean(word: str, prefix: str) -> str:
-    close = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), Options.__dataclass_fields__, 1)
-    return f"; did you mean {prefix}{close[0].replace('_', '-') if prefix else close[0]}?" if close else ""
 
 
 def resolve(options: Options) -> Options:

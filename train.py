@@ -519,14 +519,19 @@ def collate(rows: list[Response], device, behaviour: bool = False):
 
 
 @torch.no_grad()
-def recompute_logprobs(run: Run, rows: list[Response]) -> None:
-    """The behaviour policy's log-probabilities by a second pass; a data set's responses keep their denominator of 1."""
+def recompute_logprobs(run: Run, rows: list[Response]) -> float:
+    """The behaviour policy's log-probabilities by a second pass; a data set's responses keep their denominator of 1.
+    Returns the largest difference to the sampler's, over all processes."""
+    gap = 0.0
     rows = [row for row in rows if not (row.off_policy and run.options.off_policy == "dataset")]
     for micro in micro_batches(rows, run.options.micro_batch_size):
         tokens, mask, _ = collate(micro, run.device, behaviour=True)
         logprobs = token_logprobs(run.model, tokens, run.options.temperature, mask)
         for i, row in enumerate(micro):
-            row.old_logprobs = logprobs[i, mask[i]].tolist()
+            again = logprobs[i, mask[i]].tolist()
+            gap = max(gap, *(abs(new - old) for new, old in zip(again, row.old_logprobs)))
+            row.old_logprobs = again
+    return max(gather_objects(gap))
 
 
 def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, list]:
@@ -579,10 +584,9 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, lis
 
 def describe(rows: list[Response]) -> dict[str, list]:
     """Sums over this process's sampled responses, for `combine`."""
-    groups: dict[int, set[float]] = {}
-    for row in rows:
-        groups.setdefault(row.slot, set()).update([row.reward] if row.keep else [])
-    totals = {"groups": [len(groups), "sum"], "groups_all_equal": [sum(len(g) < 2 for g in groups.values()), "sum"],
+    groups = {row.slot for row in rows}
+    varied = {row.slot for row in rows if row.advantage}
+    totals = {"groups": [len(groups), "sum"], "groups_all_equal": [len(groups - varied), "sum"],
               "errs_accepted": [sum(row.off_policy and row.accepted for row in rows), "sum"]}
     for side, chosen in (("on", [r for r in rows if not r.off_policy]), ("off", [r for r in rows if r.off_policy])):
         totals |= {f"count_{side}": [len(chosen), "sum"], f"reward_{side}": [sum(r.reward for r in chosen), "sum"],
@@ -610,8 +614,7 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
     bonus = mix(run, rows, step)
     scored = time.perf_counter()
     say("updating")
-    if o.old_logprobs == "recompute":
-        recompute_logprobs(run, rows)
+    gap = recompute_logprobs(run, rows) if o.old_logprobs == "recompute" else None
     updates = [combine(update(run, [row for row in rows if row.slot // size == part], sampled_by_it=part == 0))
                for part in range(o.batch_size // size)]
     ended = time.perf_counter()
@@ -626,7 +629,7 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
         "entropy": per(mean["entropy_sum"], mean["entropy_tokens"]),
         "clip_fraction": mean["clip_fraction"], "clip_fraction_off": mean["clip_fraction_off"],
         "off_policy_share": mean["off_policy_share"], "ratio_max": max(u["ratio_max"] for u in updates),
-        "logprob_gap": updates[0]["logprob_gap"], "kl": mean["kl"], "policy_loss": mean["policy_loss"],
+        "logprob_gap": updates[0]["logprob_gap"] if gap is None else gap, "kl": mean["kl"], "policy_loss": mean["policy_loss"],
         "grad_norm": mean["grad_norm"], "groups_all_equal": s["groups_all_equal"] / s["groups"],
         "response_length": per(s["tokens_on"], s["count_on"]), "response_length_off": per(s["tokens_off"], s["count_off"]),
         "truncated": per(s["cut_on"], s["count_on"]), "truncated_off": per(s["cut_off"], s["count_off"]),

@@ -218,7 +218,7 @@ def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
     run = prepare(tmp_path / "run")
     rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
     sampled = [list(row.old_logprobs) for row in rows]
-    trainer.recompute_logprobs(run, rows)
+    assert 0 < trainer.recompute_logprobs(run, rows) < 1e-4
     for row, before in zip(rows, sampled):
         assert row.old_logprobs == pytest.approx(before, abs=1e-4)
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean, pstdev, stdev
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train as trainer
-from icpo import group_advantages
 from model_utils import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,11 +58,21 @@ def whole_run(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------------
 # Exactness
 
-def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path):
+@pytest.mark.parametrize("settings", [
+    ["--method", "icpo-rs"],
+    ["--temperature", "0.7"],
+    ["--method", "luffy", "--dual-clip", "1.05", "--clip-low", "0.05"],
+    ["--errs", "false", "--max-new-tokens", "30", "--shaping-lambda", "0.5", "--clip-off-policy", "false"],
+    ["--errs", "false", "--max-new-tokens", "30", "--shaping-lambda", "0.5"],
+    ["--shaping", "false", "--log-ratio-clamp", "0.1", "--clip-high", "0.4", "--group", "append"],
+    ["--off-policy-denominator", "one", "--normalizer", "micro-batch", "--kl-coef", "0"],
+], ids=" ".join)
+def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     """Against a loop over single rows without padding, from full logits, (RATIO), f, (CLIP), KL and Z written out."""
-    run = prepare(tmp_path / "run", "--micro-batch-size", 5, "--method", "icpo-rs")
+    run = prepare(tmp_path / "run", "--micro-batch-size", 5, *settings)
+    o = run.options
     rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
-    assert trainer.mix(run, rows, 0) == 1.0
+    trainer.mix(run, rows, 0)
     reference, _ = load_model(TINY / "model")
     with torch.no_grad():   # moved off the reference, so that the KL term has a gradient, and the ratios are not 1
         for i, parameter in enumerate(run.model.parameters()):
@@ -70,29 +80,37 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path):
     model, _ = load_model(TINY / "model")
     model.load_state_dict(run.model.state_dict())
 
-    kept = [row for row in rows if row.keep]
-    Z = sum(len(row.tokens) for row in kept)
     loss = torch.zeros(())
-    for row in kept:
-        tokens = torch.tensor([row.prompt + row.tokens])
-        for t, old in enumerate(row.old_logprobs):
-            place = len(row.prompt) - 1 + t
-            new, ref = (each(tokens)[0, place].log_softmax(-1)[row.tokens[t]] for each in (model, reference))
-            ratio = (new - old).exp()
-            if row.off_policy:
-                ratio = ratio / (ratio + 0.01)
-            loss = loss - torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage) / Z
+    kept = [row for row in rows if row.keep]
+    parts = [kept] if o.normalizer == "batch" else trainer.micro_batches(kept, 5)
+    for part in parts:
+        Z = sum(len(row.tokens) for row in part) * len(parts)
+        for row in part:
+            tokens = torch.tensor([row.prompt + row.tokens])
+            places = slice(len(row.prompt) - 1, len(row.prompt) + len(row.tokens) - 1)
+            new, ref = ((each(tokens)[0, places] / o.temperature).log_softmax(-1)[range(len(row.tokens)), row.tokens]
+                        for each in (model, reference))
+            A, old = row.advantage, torch.tensor(row.old_logprobs)
+            x = new - (0 if row.off_policy and o.off_policy_denominator == "one" else old)
+            ratio = (x.clamp(-o.log_ratio_clamp, o.log_ratio_clamp) if o.log_ratio_clamp else x).exp()
+            if row.off_policy and o.shaping:
+                ratio = ratio / (ratio + o.shaping_lambda)
+            objective = torch.minimum(ratio * A, ratio.clamp(1 - o.clip_low, 1 + o.clip_high) * A)
+            if o.dual_clip and A < 0:
+                objective = objective.clamp(min=o.dual_clip * A)
+            if row.off_policy and not o.clip_off_policy:
+                objective = ratio * A
             x = ref.detach() - new
-            loss = loss + 0.01 * (x.exp() - x - 1) / Z
+            loss = loss + (o.kl_coef * (x.exp() - x - 1) - objective).sum() / Z
     loss.backward()
 
     gradients = {}
     run.optimizer.step = lambda: gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
-    run.options.grad_clip = 1e9
+    o.grad_clip = 1e9
     trainer.update(run, rows, sampled_by_it=False)
     assert any(row.off_policy for row in kept) and loss.item() != 0
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-4, msg=name)
+        assert (gradients[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), name
 
 
 @pytest.mark.parametrize("settings", [[], ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"]])
@@ -181,17 +199,20 @@ def test_the_run_folder(whole_run):
     (["--method", "icpo", "--errs", "false", "--group", "append", "--n-on", "3"], 4, 16, 16),
     (["--method", "icpo", "--errs-strict", "true"], 4, 20, 16),
     (["--method", "icpo", "--num-demonstrations", "0"], 4, 20, 16),
+    (["--method", "icpo-rs", "--errs", "false", "--max-new-tokens", "30", "--alpha", "0.5", "--bonus-steps", "8"], 4, 20, 16),
+    (["--method", "icpo", "--advantage-eps", "0.5", "--std-unbiased", "false", "--temperature", "0.5"], 4, 20, 16),
 ])
 def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
     run = prepare(tmp_path / "run", *arguments)
-    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
-    bonus = trainer.mix(run, rows, 0)
     o = run.options
+    step = 6 if o.bonus_steps == 8 else 0
+    rows = trainer.sample_responses(run, run.model, step, [0, 1, 2, 3])
+    bonus = trainer.mix(run, rows, step)
     assert (len(rows), sum(row.off_policy for row in rows), sum(row.keep for row in rows)) == (sampled, off_policy, kept)
-    assert bonus == (1.0 if o.method == "icpo-rs" else 0.0)
+    assert bonus == (o.alpha * (1 - step / o.bonus_steps) if o.method == "icpo-rs" else 0.0)
     for slot in range(4):
         group = [row for row in rows if row.slot == slot]
-        problem = trainer.batch_problem(run, 0, slot)
+        problem = trainer.batch_problem(run, step, slot)
         shaped = []
         for row in group:
             assert row.prompt == run.builder.plain(problem)   # what the objective conditions on, in every row
@@ -210,8 +231,18 @@ def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
                 shaped.append(row.reward + bonus * (row.off_policy and right))
             else:
                 assert row.advantage == 0
-        expected = group_advantages(torch.tensor(shaped, dtype=torch.float64), torch.zeros(len(shaped)))
-        assert [row.advantage for row in group if row.keep] == pytest.approx(expected.tolist())
+        std = (stdev if o.std_unbiased else pstdev)(shaped)
+        assert [row.advantage for row in group if row.keep] == pytest.approx(
+            [(reward - fmean(shaped)) / (std + o.advantage_eps) for reward in shaped])
+
+
+def test_each_mini_batch_is_updated_with_its_own_questions(tmp_path, monkeypatch):
+    run = prepare(tmp_path / "run", "--mini-batch-size", "2")
+    seen, update = [], trainer.update
+    monkeypatch.setattr(trainer, "update", lambda run, rows, sampled_by_it: seen.append(
+        ({row.slot for row in rows}, sampled_by_it)) or update(run, rows, sampled_by_it))
+    trainer.train_step(run, 0, lambda phase: None)
+    assert seen == [({0, 1}, True), ({2, 3}, False)]
 
 
 def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):

@@ -130,8 +130,8 @@ class Demonstrations:
     def admit(self, problems: list[Problem]) -> list[Problem]:
         """Those of `problems` for which k demonstrations fit, having noted which demonstrations contain each question.
         Call it before any `draw`."""
-        found = _find_questions([_normalise(p.problem) for p in problems],
-                                [_normalise(d.problem + "\0" + d.solution) for d in self.pool])
+        found = _find_questions([normalise(p.problem) for p in problems],
+                                [normalise(d.problem + "\0" + d.solution) for d in self.pool])
         self.contain.update(found)
         self.excluded["that contain the question (never drawn for it)"] = len(set().union(*self.contain.values()))
         return [p for p in problems if self._shortest(p) is not None]
@@ -152,7 +152,7 @@ class Demonstrations:
         return chosen, self.builder.demo_prefixed(problem, chosen)
 
     def _containing(self, problem: Problem) -> set[int]:
-        return self.contain.get(_normalise(problem.problem), set())
+        return self.contain.get(normalise(problem.problem), set())
 
     def _shortest(self, problem: Problem) -> list[Problem] | None:
         """The k shortest demonstrations, if they fit."""
@@ -162,7 +162,7 @@ class Demonstrations:
         return chosen if fits else None
 
 
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
     """Without spaces and case: a question reformatted is the same question."""
     return "".join(text.split()).casefold()
 

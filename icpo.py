@@ -87,7 +87,7 @@ def mix_groups(off_policy: Tensor, group: Tensor, accepted: Tensor, priority: Te
     if mode == "append":
         return ~off_policy | accepted
     same = group[:, None] == group[None, :]                                    # [B, B]
-    order = priority.argsort().argsort()                                       # ranks, so that no two are equal
+    order = priority.to(group.device).argsort().argsort()                      # ranks, so that no two are equal
     entering = (same & (off_policy & accepted)).sum(1)                         # [B] accepted rows in the row's group
     before = (same & ~off_policy & (order < order[:, None])).sum(1)            # [B] on-policy rows that leave sooner
     return torch.where(off_policy, accepted, before >= entering)
@@ -99,9 +99,9 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
 
     rewards: [B]. group: [B] int ids, in any order. keep: [B] bool; rows outside it get 0 and do not count.
     unbiased: divide the sum of squares by n − 1, else by n.
-    Returns [B]; exactly 0 in a group of one, and where all rewards of a group are equal.
+    Returns [B] float32 or float64; exactly 0 in a group of one, and where all rewards of a group are equal.
     """
-    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep.bool()
     ids, index = group.unique(return_inverse=True)                             # [groups], [B]
 
@@ -230,8 +230,9 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     counts = mask.bool()
     off = off_policy.bool()[:, None].expand(B, T)                                          # [B, T]
     A = advantages[:, None]                                                                # [B, 1]
-    logprobs, old_logprobs = logprobs.where(counts, 0.0), old_logprobs.detach().where(counts, 0.0)
-    mask = mask.to(logprobs.dtype)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)                             # bfloat16 cannot count tokens
+    logprobs, old_logprobs = (x.to(dtype).where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
+    mask = mask.to(dtype)
     Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, device=mask.device, dtype=mask.dtype)
     Z = Z.where(Z > 0, 1.0)
 
@@ -244,7 +245,7 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
 
     kl = loss.new_zeros(())
     if ref_logprobs is not None:
-        kl = (kl_k3(logprobs, ref_logprobs.detach().where(counts, 0.0)) * mask).sum() / Z
+        kl = (kl_k3(logprobs, ref_logprobs.detach().to(dtype).where(counts, 0.0)) * mask).sum() / Z
         loss = loss + kl_coef * kl if kl_coef else loss
 
     with torch.no_grad():

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 from curves import draw
-from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
+from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems, normalise
 from eval import DTYPES, did_you_mean, embedded, evaluate, make_parser, option, parse
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
@@ -183,10 +183,14 @@ def _as_arguments(settings: dict) -> list[str]:
 
 def resolve(options: Options) -> Options:
     """Fill in what --method and the other options imply. Raises ValueError for settings that do not fit together."""
-    for name, value in METHODS[options.method].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    o = options
+    o, preset = options, METHODS[options.method]
+    if (o.off_policy or preset["off_policy"]) == "none":   # ICPO − IEF: the parts that act on off-policy responses go, too
+        for part in ("errs", "rs", "shaping"):
+            _require(not getattr(o, part), f"--{part} true acts on off-policy responses, and there are none")
+        preset = preset | dict(errs=False, rs=False, shaping=False)
+    for name, value in preset.items():
+        if getattr(o, name) is None:
+            setattr(o, name, value)
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
     for name in ("n_on", "steps", "batch_size", "mini_batch_size", "micro_batch_size", "max_new_tokens", "max_batch",
@@ -284,8 +288,9 @@ def prepare(arguments: list[str]) -> Run:
     if saved is not None:
         options = parse_options(arguments, saved)
     options = resolve(options)
+    free = FREE_ON_RESUME - ({"micro_batch_size"} if options.normalizer == "micro-batch" else set())
     for name, value in (saved or {}).items():
-        _require(name in FREE_ON_RESUME or getattr(options, name) == value, f"{folder} was run with {name}: {value}, "
+        _require(name in free or getattr(options, name) == value, f"{folder} was run with {name}: {value}, "
                  f"not {getattr(options, name)}; leave the option out, or start another run")
     options.output_dir = str(folder)
 
@@ -296,6 +301,8 @@ def prepare(arguments: list[str]) -> Run:
     _require(bool(model.stop_ids), f"{options.model} names no end-of-text token (eos_token in its tokenizer, or "
              f"eos_token_id in its generation_config.json), so no response would ever end")
     room = model.config.max_position - options.max_new_tokens
+    _require(options.off_policy != "dataset" or tokenizer.eos_token_id is not None,
+             f"the tokenizer of {options.model} has no eos_token, with which the data's expert responses would end")
     _require(options.max_prompt_length <= room, f"--max-prompt-length {options.max_prompt_length} and --max-new-tokens "
              f"{options.max_new_tokens} pass the model's {model.config.max_position} positions")
     builder = PromptBuilder(tokenizer, options.instruction, options.chat_template, options.demo_chat_template)
@@ -312,6 +319,8 @@ def prepare(arguments: list[str]) -> Run:
     run = Run(options, folder, device, model, reference, optimizer, builder, problems, held_out, demonstrations)
     if saved is not None:
         run.start = load_checkpoint(run)
+        _require(run.start <= options.steps, f"{folder} has made {run.start} steps already, more than --steps "
+                 f"{options.steps}")
     on_main(lambda: write_settings(run))
     return run
 
@@ -332,8 +341,9 @@ def select_data(options: Options, builder: PromptBuilder, problems: list[Problem
     fits = lambda p: len(builder.plain(p)) <= o.max_prompt_length   # noqa: E731
     held_out = keep("held-out problems", held_out, too_long, fits)
     problems = keep("training problems", problems, too_long, fits)
-    tests = {p.problem for p in held_out}
-    problems = keep("training problems", problems, "that are held-out ones too", lambda p: p.problem not in tests)
+    tests = {normalise(p.problem) for p in held_out}
+    problems = keep("training problems", problems, "that are held-out ones too",
+                    lambda p: normalise(p.problem) not in tests)
     held_out = held_out[:o.eval_problems or None]
     demonstrations = None
     if o.off_policy == "dataset":
@@ -370,7 +380,10 @@ def write_settings(run: Run) -> None:
         file = run.folder / name
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
         # A kill may have cut the last line short; it is of a step after the checkpoint, as the others dropped here.
-        file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start]
+        aside = run.folder / f".{name}.partial"
+        aside.write_text("".join(kept))
+        aside.replace(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +400,10 @@ def save_checkpoint(run: Run, step: int) -> None:
     if is_main():
         aside.rename(final)
         for old in find_checkpoints(run.folder)[:-run.options.keep_checkpoints]:
-            shutil.rmtree(old)
+            gone = old.with_name(f".{old.name}.partial")   # out of sight first: a half-deleted one must not look whole
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
+            shutil.rmtree(gone)
     barrier()
 
 
@@ -400,6 +416,7 @@ def load_checkpoint(run: Run) -> int:
     """Continue from the newest checkpoint, written by whatever number of processes; returns the steps it has made."""
     newest = on_main(lambda: (find_checkpoints(run.folder) or [None])[-1])
     if newest is None:
+        _require(not (run.folder / "final").exists(), f"{run.folder} is a finished run without a checkpoint to go on from")
         return 0
     model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)
@@ -447,7 +464,7 @@ def sample_responses(run: Run, sampler: Transformer, step: int, slots: list[int]
                     stop_ids=sampler.stop_ids, seed=o.seed, max_batch=o.max_batch)
 
     def streams(kind, ids):   # random numbers of their own for every step, and for on- and off-policy
-        return [((2 * step + kind) << 32) + i for i in ids]
+        return [((2 * step + kind + 1) << 32) + i for i in ids]   # below 2^32 are those of evaluations
 
     on = generate(sampler, [plain[slot] for slot in slots], n=o.n_on, stream_ids=streams(0, slots), **settings)
     rows = [Response(slot, False, plain[slot], plain[slot], c.tokens, c.logprobs, c.finished)

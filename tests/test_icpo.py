@@ -312,6 +312,13 @@ def test_always_finite(what):
         assert loss == 0 and not logprobs.grad.any()
 
 
+def test_bfloat16_counts_in_float32():
+    """3,333 tokens of ratio 1: bfloat16 would make the count 3,328."""
+    logprobs = torch.zeros(3, 1111, dtype=torch.bfloat16, requires_grad=True)
+    loss, _ = icpo_loss(logprobs, logprobs.detach(), torch.ones(3), torch.ones(3, 1111), torch.zeros(3, dtype=torch.bool))
+    assert loss.item() == pytest.approx(-1.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("change, culprit", [
     (dict(old_logprobs=torch.zeros(6, 4)), "old_logprobs"), (dict(advantages=torch.zeros(5)), "advantages"),
     (dict(mask=torch.ones(6)), "mask"), (dict(kl_coef=0.1), "ref_logprobs"), (dict(shaping_lambda=-1.0), "λ"),

@@ -200,6 +200,7 @@ def test_the_run_folder(whole_run):
     (["--method", "icpo", "--errs-strict", "true"], 4, 20, 16),
     (["--method", "icpo", "--num-demonstrations", "0"], 4, 20, 16),
     (["--method", "icpo-rs", "--errs", "false", "--max-new-tokens", "30", "--alpha", "0.5", "--bonus-steps", "8"], 4, 20, 16),
+    (["--delta", "0", "--max-new-tokens", "30"], 4, 20, 16),
     (["--method", "icpo", "--advantage-eps", "0.5", "--std-unbiased", "false", "--temperature", "0.5"], 4, 20, 16),
 ])
 def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
@@ -219,7 +220,7 @@ def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
             right = row.text.endswith(f"\\boxed{{{problem.answer}}}")
             assert row.reward == right
             if row.off_policy:
-                accepted = not o.errs or right and not o.errs_strict
+                accepted = not o.errs or row.reward >= o.delta and not o.errs_strict
                 assert row.accepted == row.keep == accepted
                 longer = len(row.behaviour_prompt) > len(row.prompt)
                 assert longer == (o.off_policy == "demonstrations" and o.num_demonstrations > 0)
@@ -255,6 +256,20 @@ def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
         assert row.old_logprobs == pytest.approx(before, abs=1e-4)
 
 
+@pytest.mark.parametrize("arguments", [["--top-k", "1"], ["--top-p", "1e-6"], ["--temperature", "0.001"]])
+def test_the_sampling_options_reach_the_sampler(tmp_path, arguments):
+    """Each of these leaves a question one on-policy answer."""
+    run = prepare(tmp_path / "run", *arguments, "--old-logprobs", "recompute")
+    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    assert all(len({row.text for row in rows if row.slot == slot and not row.off_policy}) == 1 for slot in range(4))
+
+
+def test_ief_off_is_grpo():
+    options = trainer.resolve(trainer.parse_options(["--off-policy", "none"]))
+    grpo = trainer.resolve(trainer.parse_options(["--method", "grpo"]))
+    assert {name for name in vars(options) if getattr(options, name) != getattr(grpo, name)} == {"method"}
+
+
 def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
     run = prepare(tmp_path / "run")
     run.problems = run.problems[:10]
@@ -284,6 +299,7 @@ def test_other_settings_train(tmp_path, arguments):
     (["--n-on", "0"], "--n-on must be at least 1, not 0"),
     (["--temperature", "0"], "--temperature must be above 0"),
     (["--n-off", "0"], "--method grpo"),
+    (["--method", "grpo", "--rs", "true"], "--rs true acts on off-policy responses"),
     (["--n-on", "1", "--n-off", "2"], "cannot replace"),
     (["--top-p", "0.5"], "--old-logprobs recompute"),
     (["--method", "luffy", "--off-policy-denominator", "behaviour"], "no known behaviour policy"),
@@ -347,6 +363,7 @@ def test_exclusions_are_counted_and_said(tmp_path, capsys):
     rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
     held_out = json.loads((TINY / "test.jsonl").read_text().splitlines()[0])
     long = rows[0] | {"problem": "+".join("1" * 300)}
+    held_out["problem"] = held_out["problem"].replace("+", " + ")   # written another way it is the same question
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows[:20], held_out, long])))
     (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
     run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl", "--demonstrations", tmp_path / "demos.jsonl")
@@ -372,6 +389,17 @@ def test_a_folder_with_a_run_is_never_written_over(whole_run):
         prepare(whole_run)
     with pytest.raises(ValueError, match="was run with seed: 0, not 7"):
         prepare(whole_run, "--resume", "--seed", "7")
+    with pytest.raises(ValueError, match="has made 4 steps already, more than --steps 3"):
+        prepare(whole_run, "--resume", "--steps", "3")
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path):
+    settings = ["--steps", "1", "--checkpoint-every", "0", "--eval-every", "0"]
+    trainer.train(prepare(tmp_path / "run", *settings))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="finished run without a checkpoint"):
+        prepare(tmp_path / "run", *settings, "--resume")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):

@@ -464,7 +464,7 @@ def sample_responses(run: Run, sampler: Transformer, step: int, slots: list[int]
                     stop_ids=sampler.stop_ids, seed=o.seed, max_batch=o.max_batch)
 
     def streams(kind, ids):   # random numbers of their own for every step, and for on- and off-policy
-        return [((2 * step + kind + 1) << 32) + i for i in ids]   # below 2^32 are those of evaluations
+        return [((2 * step + kind) << 32) + i for i in ids]
 
     on = generate(sampler, [plain[slot] for slot in slots], n=o.n_on, stream_ids=streams(0, slots), **settings)
     rows = [Response(slot, False, plain[slot], plain[slot], c.tokens, c.logprobs, c.finished)

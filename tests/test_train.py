@@ -1,7 +1,6 @@
 """The training loop, on the embedded model: exact gradients, the procedure's steps, resuming, and users' mistakes."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -42,9 +41,7 @@ def weights_of(folder):
 def torchrun(*arguments, processes=1, check=True, **more):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
                str(random.randint(20000, 60000)), str(ROOT / "train.py"), *map(str, arguments)]
-    # A single process has the threads that this one has: with another number of them sums round otherwise.
-    return subprocess.run(command, check=check, text=True, capture_output=True, timeout=300,
-                          env=os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {}), **more)
+    return subprocess.run(command, check=check, text=True, capture_output=True, timeout=300, **more)
 
 
 @pytest.fixture(scope="module")

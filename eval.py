@@ -11,6 +11,7 @@ import difflib
 import json
 import random
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import HfArgumentParser
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
 from model_utils import gather_objects, init_distributed, is_main, load_model, rank, world_size
 from reward import extract_answer, score
-from rollout import generate
+from rollout import generate, spread
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,20 +69,21 @@ def did_you_mean(word: str, options: type, prefix: str = "") -> str:
 
 def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrations: Demonstrations | None = None, *,
              samples: int = 1, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-             seed: int = 0, max_batch: int = 256, verify_timeout: float = 5.0, progress=None) -> list[dict]:
+             seed: int = 0, slots: int = 0, sampler=None, verify_timeout: float = 5.0, progress=None) -> list[dict]:
     """Sample `samples` answers to every problem and score them; the processes share the problems out.
 
-    demonstrations: drawn from for every problem; None asks plainly. Random numbers depend on (seed, problem, sample)
+    demonstrations: drawn from for every problem; None asks plainly. slots, sampler, progress: see `generate`. Random numbers depend on (seed, problem, sample)
     alone, so that two evaluations differ by the model only.
     Returns on every process one dict a sample, `samples` consecutive ones a problem: id, sample, response, score,
     tokens, finished.
     """
-    mine = range(rank(), len(problems), world_size())
-    prompts = [builder.plain(problems[i]) if demonstrations is None
-               else demonstrations.draw(problems[i], random.Random(f"evaluation {seed} {i}"))[1] for i in mine]
-    completions = generate(model, prompts, n=samples, max_new_tokens=max_new_tokens, temperature=temperature,
-                           top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed, stream_ids=mine,
-                           max_batch=max_batch, progress=progress)
+    prompts = [builder.plain(problem) if demonstrations is None
+               else demonstrations.draw(problem, random.Random(f"evaluation {seed} {i}"))[1]
+               for i, problem in enumerate(problems)]
+    mine = spread([len(prompt) + max_new_tokens for prompt in prompts], world_size())[rank()]
+    completions = generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
+                           temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
+                           stream_ids=mine, slots=slots, sampler=sampler, progress=progress)
     texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
     owners = [i for i in mine for _ in range(samples)]
     scores = score(texts, [problems[i].answer for i in owners], timeout=verify_timeout)
@@ -128,7 +130,8 @@ class Options:
     demo_chat_template: bool = option(True, "put it around demonstrations and question too")
     demo_min_chars: int = option(0, "leave out demonstrations with a shorter solution (the authors' release: 58)")
     output: str = option("eval.jsonl", "file for every sample; an existing one is replaced")
-    max_batch: int = option(256, "sequences sampled at the same time")
+    slots: int = option(0, "sequences that a process samples at the same time; 0 is as many as there are, but at most "
+                        "256 and what fits in a third of the free memory")
     verify_timeout: float = option(5.0, "seconds after which the comparison of two answers counts as wrong")
     seed: int = option(0, "of sampling and of the draw of demonstrations")
     dtype: str = option("float32", "to compute in", choices=list(DTYPES))
@@ -139,7 +142,7 @@ def prepare(options: Options):
     """Everything that may be wrong with the options or the data comes out here, as a ValueError."""
     if min(options.shots) < 0 or options.samples < 1 or options.limit < 0:
         raise ValueError(f"shots and limit must be at least 0 and samples at least 1, "
-                         f"not {options.shots}, {options.limit}, {options.samples}")
+                         f"not {options.shots}, {options.limit} and {options.samples}")
     options.max_new_tokens = options.max_new_tokens or (48 if options.data == "tiny" else 2048)
     problems = load_problems(embedded(options.data, "test.jsonl"))[:options.limit or None]
     device = init_distributed(options.device)
@@ -160,24 +163,35 @@ def prepare(options: Options):
     return model, builder, kept, pools
 
 
+def run(options: Options, model, builder, problems, demonstrations, title: str) -> list[dict]:
+    """`evaluate` with a progress bar of this process's share, as far as it can be known before."""
+    o, tokens, started = options, 0, time.perf_counter()
+    with tqdm(total=-(-len(problems) * o.samples // world_size()), desc=title, unit="answer", disable=not is_main(),
+              leave=False) as bar:
+        def progress(ended: int, sampled: int) -> None:
+            nonlocal tokens
+            tokens += sampled
+            bar.update(ended)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+
+        return evaluate(model, builder, problems, demonstrations, samples=o.samples, max_new_tokens=o.max_new_tokens,
+                        temperature=o.temperature, top_p=o.top_p, top_k=o.top_k, seed=o.seed, slots=o.slots,
+                        verify_timeout=o.verify_timeout, progress=progress)
+
+
 def main() -> None:
     options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
+    rows, written = [], []
     try:
         model, builder, problems, pools = prepare(options)
+        for shots in options.shots:
+            records = run(options, model, builder, problems, pools.get(shots), f"{shots} shots")
+            rows.append((shots, summarise(records, options.samples)))
+            written += [{"shots": shots, **record} for record in records]
     except ValueError as error:
         if is_main():
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    rows, written = [], []
-    for shots in options.shots:
-        total = options.samples * len(range(rank(), len(problems), world_size()))
-        with tqdm(total=total, desc=f"{shots} shots", unit="answer", disable=not is_main(), leave=False) as bar:
-            records = evaluate(model, builder, problems, pools.get(shots), samples=options.samples,
-                               max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-                               top_p=options.top_p, top_k=options.top_k, seed=options.seed,
-                               max_batch=options.max_batch, verify_timeout=options.verify_timeout, progress=bar.update)
-        rows.append((shots, summarise(records, options.samples)))
-        written += [{"shots": shots, **record} for record in records]
     if is_main():
         k = options.samples
         print(f"{options.model} on {options.data}: {len(problems)} problems, {k} samples each, "

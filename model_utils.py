@@ -112,9 +112,9 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [B, heads, T, E]; cos and sin [B, 1, T, E], pairs being (i, i + E/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding of x [B, heads, T, E], pairs being (i, i + E/2). cos and sin: [B, 1, T, E], the latter with a minus
+    in its first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class RMSNorm(nn.Module):
@@ -128,62 +128,102 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of B sequences of up to S positions, for every layer. Row b holds `lengths[b]` valid positions;
-    what lies beyond them is overwritten before it is ever attended to."""
+    """Keys and values of `slots` sequences of up to `size` positions, for every layer, allocated once.
 
-    def __init__(self, config: ModelConfig, batch: int, size: int, device, dtype):
-        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)   # [L, B, K, S, E]
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+    It holds nothing but numbers: how much of a slot is in use is for its user to know, and what lies beyond that is
+    overwritten before it is ever attended to."""
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = self.lengths[rows]
+    def __init__(self, config: ModelConfig, slots: int, size: int, device, dtype):
+        self.size = size
+        shape = (slots, config.num_kv_heads, size, config.head_dim)   # [slots, K, S, E] for each layer
+        # Zeros, since NaN would spread from behind the mask; a tensor a layer, since torch.compile copies what is a part.
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+                                  for _ in range(2))
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
+        """The first `length` positions of some slots into as many others."""
+        for cached in (*self.keys, *self.values):
+            cached[targets, :, :length] = cached[sources, :, :length]
+
+    @staticmethod
+    def bytes_per_slot(config: ModelConfig, size: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * config.num_kv_heads * size * config.head_dim * dtype.itemsize
+
+
+class Linear(nn.Linear):
+    packed: torch.Tensor | None = None   # see pack_weights
+
+    def forward(self, x):
+        return _linear(x, self.weight, self.bias, self.packed)
+
+
+def _linear(x, weight, bias=None, packed=None):
+    if packed is None or torch.compiler.is_compiling():   # which would take it for a constant
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def pack_weights(model: "Transformer"):
+    """On x86 CPUs in float32, keep a copy of the large weights in the order in which oneDNN reads them, until the `with`
+    block ends. With the few rows of a decode step its kernel needs half the time of the one behind F.linear. These two
+    operators are those to which torch.compile turns weights that it may take for constant."""
+    wanted = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+    def pack(weight):   # small ones gain nothing
+        large = wanted and weight.numel() >= 1 << 17
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32) if large else None
+
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    try:
+        for module in linears:
+            module.packed = pack(module.weight)
+        model.packed_head = pack(model.head)
+        yield
+    finally:
+        for module in linears:
+            module.packed = None
+        model.packed_head = None
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None):
-        """x [B, T, D] -> [B, T, D]. `cache` is this layer's (keys, values, positions [B, T], span), see Transformer."""
+        """x [B, T, D] -> [B, T, D]. `cache`: this layer's keys, values and the places in them, see Transformer.extend."""
         c, (B, T, _) = self.config, x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, c.num_heads, c.head_dim)).transpose(1, 2)       # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, c.num_kv_heads, c.head_dim)).transpose(1, 2)    # [B, K, T, E]
         v = self.v_proj(x).view(B, T, c.num_kv_heads, c.head_dim).transpose(1, 2)                 # [B, K, T, E]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        bias = None
         if cache is not None:
-            keys, values, positions, span = cache                                                 # [B, K, S, E]
-            rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
-        if cache is not None and T == 1:
-            # One new position: the G query heads of a group ask the same keys, so they stand as G queries of one head.
-            seen = torch.arange(span, device=x.device) <= positions                               # [B, span]
-            out = F.scaled_dot_product_attention(q.view(B, c.num_kv_heads, -1, c.head_dim), keys[:, :, :span],
-                                                 values[:, :, :span], attn_mask=seen[:, None, None])
-            out = out.reshape(B, 1, -1)
-        else:   # whole sequences, padded on the right: causal attention never looks at the padding
+            keys, values, written, read, bias = cache                                             # [slots, K, S, E]
+            keys[written], values[written] = k.transpose(1, 2), v.transpose(1, 2)
+        if bias is None:   # whole sequences, padded on the right: causal attention never looks at the padding
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.num_kv_heads < c.num_heads)
-            out = out.transpose(1, 2).reshape(B, T, -1)
-        return self.o_proj(out)
+            out = out.transpose(1, 2)                                                             # [B, T, H, E]
+        else:   # new positions and what the cache held: the G query heads of a group ask the same keys, as queries of one
+            q = q.reshape(B, c.num_kv_heads, -1, c.head_dim)                                      # [B, K, G·T, E]
+            out = F.scaled_dot_product_attention(q, keys[read], values[read], attn_mask=bias)     # [B, K, span, E] read
+            out = out.view(B, c.num_heads, T, c.head_dim).transpose(1, 2)
+        return self.o_proj(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -213,7 +253,8 @@ class Transformer(nn.Module):
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
             "norm": RMSNorm(config.hidden_size, config.norm_eps)})
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.packed_head: torch.Tensor | None = None
         self.hf_config = None
         self.generation_config: dict | None = None
         self.stop_ids: tuple[int, ...] = ()
@@ -226,39 +267,62 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
-    def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None, chunk_size: int = 1024,
-                cache: KVCache | None = None, lengths=None, span: int | None = None):
-        """Three uses of one pass, all through `forward` so that FSDP's hooks see each of them.
+    @property
+    def head(self) -> torch.Tensor:
+        """[V, D]"""
+        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., V]"""
+        return _linear(hidden, self.head, packed=self.packed_head)
+
+    def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None, chunk_size: int = 1024):
+        """Both uses of the pass that trains go through `forward`, so that FSDP's hooks see each of them.
 
         - forward(tokens): [B, T] int64 -> logits [B, T, V].
         - forward(tokens, targets): -> (log π(target | tokens up to it), entropy in nats), both [B, T] float32,
           0 where `mask` [B, T] is False; see `token_logprobs`.
-        - forward(tokens, cache=...): appends `lengths[b]` of the T tokens to row b of the cache (T > 1 starts empty
-          rows, T = 1 extends them) and returns the logits after the last of them, [B, V]. `span` is a bound on the
-          positions in use afterwards, so that a long cache costs no more than what it holds.
         """
-        head = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-        if cache is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]                 # [1, T]
-        else:
-            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)   # [B, T]
-            span = span or cache.keys.shape[3]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]                     # [1, T]
+        x = self._hidden(tokens, positions, [None] * self.config.num_layers)
+        if targets is None:
+            return self.logits(x)
+        return _chunked_logprobs(x, self.head, targets, mask, temperature, chunk_size)
 
+    def extend(self, tokens, cache: KVCache, slots=None, starts=None, span: int | None = None) -> torch.Tensor:
+        """The pass that samples: append tokens [B, T] to slots of the cache, and return the hidden states after them,
+        [B, T, D]. It does without FSDP's hooks; the model must be whole, see `gather_model`.
+
+        slots: [B]; None is the first B, which are read where they lie. starts: [B], the positions that each slot holds
+        already; None where they are empty. Padding on the right of a row is written behind its end, and overwritten by
+        what comes there. span: a bound on the positions in use afterwards, so that a long cache costs no more than what
+        it holds.
+        """
+        (B, T), device = tokens.shape, tokens.device
+        rows = torch.arange(B, device=device) if slots is None else slots
+        positions, bias = torch.arange(T, device=device).expand(B, T), None
+        read = (slice(B) if slots is None else slots, slice(None), slice(span))
+        if starts is not None:
+            positions = positions + starts[:, None]                                               # [B, T]
+            unseen = torch.arange(span or cache.size, device=device) > positions[:, :, None]            # [B, T, span]
+            bias = torch.zeros(unseen.shape, device=device, dtype=self.dtype).masked_fill_(unseen, -torch.inf)
+            if T > 1:   # once for each of the G query heads of a group
+                bias = bias.repeat(1, self.config.num_heads // self.config.num_kv_heads, 1)
+            bias = bias[:, None]                                                                  # [B, 1, 1 or G·T, span]
+        # No prompt reaches the last position of its slot: padding may fall there.
+        written = (rows[:, None], slice(None), positions.clamp(max=cache.size - 1))
+        return self._hidden(tokens, positions, [(keys, values, written, read, bias)
+                                                for keys, values in zip(cache.keys, cache.values)])
+
+    def _hidden(self, tokens, positions, caches):
+        """tokens [B, T], positions [B or 1, T] -> hidden states after the last norm [B, T, D]."""
         x = self.model.embed_tokens(tokens)                                                       # [B, T, D]
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)            # [B or 1, 1, T, E/2]
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, None if cache is None else (cache.keys[i], cache.values[i], positions, span))
-        x = self.model.norm(x)
-
-        if cache is not None:
-            cache.lengths += lengths
-            last = x[torch.arange(len(x), device=x.device), lengths - 1]                          # [B, D]
-            return F.linear(last, head)
-        if targets is None:
-            return F.linear(x, head)
-        return _chunked_logprobs(x, head, targets, mask, temperature, chunk_size)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)                  # [B or 1, 1, T, E]
+        for block, cache in zip(self.model.layers, caches):
+            x = block(x, cos, sin, cache)
+        return self.model.norm(x)
 
 
 def _chunk_logprobs(hidden, head, targets, temperature):

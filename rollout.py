@@ -1,18 +1,39 @@
-"""Batched sampling with a key-value cache. Knows token ids and nothing of text.
+"""Sampling by continuous batching over a static key-value cache. Knows token ids and nothing of text.
 
     completions = generate(model, prompts, n=8, max_new_tokens=1024, stop_ids=model.stop_ids, seed=0)
 
-The n responses to a prompt share its prefill. The model is the one that trains, so the log-probabilities returned here
-are the old log-probabilities of the objective; no second pass is needed.
+A sequence lives in a slot of the cache. The loop of `generate`:
+1. a sequence that has ended leaves its slot to the next one waiting; with none waiting, the batch shrinks;
+2. a new sequence copies the longest prefix that an earlier one has in the cache, and the rest of its prompt is
+   prefilled; so the n responses to a prompt prefill it once, and so do prompts that share their demonstrations;
+3. all slots decode one token, or on a GPU a few, by replaying a CUDA graph.
+
+The model is the one that trains, so the log-probabilities returned here are the old log-probabilities of the objective;
+no second pass is needed.
 """
 
+import functools
+import heapq
+import itertools
 import math
+import os
+import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import psutil
 import torch
+import torch.nn.functional as F
 
-from model_utils import KVCache, Transformer
+from model_utils import KVCache, ModelConfig, Transformer, pack_weights
+
+MAX_SLOTS = 256            # where the free memory would allow more
+CHECK_EVERY = 16           # decode steps on a GPU between two looks, which synchronise, at what has ended
+PREFILL_POSITIONS = 4096   # in one pass, so that its memory is bounded
+SHARE_AT_LEAST = 32        # positions; a shorter common prefix costs more in passes than it saves
 
 
 @dataclass
@@ -22,107 +43,370 @@ class Completion:
     finished: bool           # True: ended by a stop id; False: cut at max_new_tokens
 
 
-@torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int,
+@dataclass
+class Work:
+    """What rollouts have cost. Positions are what went through the model; wasted are those that served no sequence:
+    padding, and what ran on behind an end."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    positions: int = 0
+    wasted_positions: int = 0
+    sequence_steps: int = 0      # running sequences, added up over decode steps; over slot_steps it is the occupancy
+    slot_steps: int = 0          # slots times decode steps
+
+
+@dataclass(eq=False)
+class _Sequence:
+    index: int                   # its place in the result
+    prompt: list[int]
+    key: int                     # of its random numbers
+    leader: "_Sequence | None"   # the first in the queue that has the same `shared` first tokens
+    shared: int                  # all of them, if it has the same prompt
+    slot: int = -1
+    count: int = 0               # tokens sampled
+
+
+@torch.inference_mode()
+def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[int] = 1, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, stop_ids: Sequence[int] = (), seed: int = 0,
-             stream_ids: Sequence[int] | None = None, max_batch: int = 256,
-             progress: Callable[[int], None] | None = None) -> list[Completion]:
+             stream_ids: Sequence[int] | None = None, slots: int = 0, sampler: "Sampler | None" = None,
+             progress: Callable[[int, int], None] | None = None) -> list[Completion]:
     """Sample n completions of each prompt; they come n consecutive per prompt, in the order of the prompts.
 
+    n: one number, or one for each prompt.
     temperature: 0 is greedy (then every log-probability is 0: the distribution sampled from is a point).
     top_k: 0 keeps the whole vocabulary, else only the k likeliest tokens. top_p: of those, the smallest set of
         likeliest tokens whose probability reaches top_p.
     seed, stream_ids: every random number is a function of (seed, the prompt's stream id, sample, position), so what is
-        sampled does not depend on which other prompts, batches or processes there are. stream_ids: one integer per
+        sampled does not depend on which other prompts, slots or processes there are. stream_ids: one integer per
         prompt, by default its index.
-    max_batch: sequences sampled at the same time.
-    progress: called with the number of sequences that have just ended.
-    Raises ValueError for prompts, lengths or sampling settings that make no sense, with the numbers.
+    slots: sequences sampled at the same time; 0 lets choose_slots choose.
+    sampler: slots to use again, rollout after rollout, instead of new ones. A call that fails or is interrupted gives
+        their memory back.
+    progress: called with the number of sequences that have just ended, and of tokens sampled since the last call.
+    Raises ValueError for prompts, lengths or sampling settings that make no sense and a cache that does not fit, with
+    the numbers.
     """
-    _check(model, prompts, n, max_new_tokens, temperature, top_p, top_k, stream_ids, max_batch)
+    counts = [n] * len(prompts) if isinstance(n, int) else list(n)
+    _check(model.config, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler)
+    if not prompts:
+        return []
+    if sampler is None:
+        longest = max(map(len, prompts)) + max_new_tokens
+        slots = slots or choose_slots(model.config, sum(counts), longest, model.device, model.dtype)
+        sampler = Sampler(model.config, slots, longest, model.device, model.dtype)
     streams = range(len(prompts)) if stream_ids is None else stream_ids
-    sequences = [(p, s) for p in range(len(prompts)) for s in range(n)]
-    # Prompts of like length go together, so that little of the cache is padding.
-    order = sorted(range(len(sequences)), key=lambda i: len(prompts[sequences[i][0]]))
-    completions: list[Completion] = [None] * len(sequences)
-    for start in range(0, len(order), max_batch):
-        chosen = order[start:start + max_batch]
-        batch = _generate_batch(model, prompts, [sequences[i] for i in chosen],
-                                [_stream_key(seed, streams[sequences[i][0]], sequences[i][1]) for i in chosen],
-                                max_new_tokens, temperature, top_p, top_k, stop_ids, progress)
-        for i, completion in zip(chosen, batch):
-            completions[i] = completion
+    keys = [[_stream_key(seed, streams[p], s) for s in range(count)] for p, count in enumerate(counts)]
+    settings = _Settings(temperature, top_p, top_k, tuple(stop_ids), max_new_tokens)
+    waiting, running, ended = deque(_queue(prompts, keys)), [], []   # running[b] is in slot b; ended: slots, ascending
+    completions: list[Completion] = [None] * len(waiting)
+    try:
+        sampler.prepare(model, settings)
+        with pack_weights(model):
+            while waiting or len(ended) < len(running):
+                # Who has ended leaves its slot to the next one waiting.
+                free = ended + list(range(len(running), sampler.slots))
+                admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+                for sequence, slot in zip(admitted, free):
+                    sequence.slot = slot
+                    running[slot:slot + 1] = [sequence]
+                # With none waiting, the last sequences move there: the batch is always the first slots.
+                moved = {}
+                for slot in reversed(ended[len(admitted):]):
+                    last = running.pop()
+                    moved.pop(len(running), None)   # it may itself have just moved there
+                    if slot < len(running):
+                        moved[slot] = running[slot] = last
+                if moved:
+                    sampler.move(moved)
+                if admitted:
+                    sampler.admit(model, admitted, settings)
+                ended, sampled = sampler.decode(model, running, settings)
+                for sequence, completion in sampler.collect([running[slot] for slot in ended], settings):
+                    completions[sequence.index] = completion
+                if progress:
+                    progress(len(ended), len(admitted) + sampled)
+    except BaseException:   # Ctrl-C, too, leaves nothing allocated
+        sampler.release()
+        raise
     return completions
 
 
-def _check(model, prompts, n, max_new_tokens, temperature, top_p, top_k, stream_ids, max_batch):
-    for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("max_batch", max_batch, 1),
-                               ("top_k", top_k, 0), ("temperature", temperature, 0)):
+def _check(config, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler):
+    for name, value, least in (*(("n", count, 1) for count in counts), ("max_new_tokens", max_new_tokens, 1),
+                               ("slots", slots, 0), ("top_k", top_k, 0), ("temperature", temperature, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if not math.isfinite(temperature):
         raise ValueError(f"temperature must be a finite number, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if stream_ids is not None and len(stream_ids) != len(prompts):
-        raise ValueError(f"{len(stream_ids)} stream_ids for {len(prompts)} prompts: give one each")
-    vocab, room = model.config.vocab_size, model.config.max_position - max_new_tokens
+    for name, values in (("n", counts), ("stream_ids", stream_ids)):
+        if values is not None and len(values) != len(prompts):
+            raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: give one each")
+    if sampler is not None and sampler.config != config:
+        raise ValueError("the sampler was made for a model of another shape")
+    whose, positions = "the model's", config.max_position
+    if sampler is not None and sampler.max_length < positions:
+        whose, positions = "the sampler's", sampler.max_length
+    room = positions - max_new_tokens
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: there is nothing to continue")
         if len(prompt) > room:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} the model's "
-                             f"{model.config.max_position} positions leave room for {max(room, 0)}")
-        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} {whose} "
+                             f"{positions} positions leave room for {max(room, 0)}")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}; "
-                             f"the vocabulary is 0 to {vocab - 1}")
+                             f"the vocabulary is 0 to {config.vocab_size - 1}")
 
 
-def _generate_batch(model, prompts, sequences, keys, max_new_tokens, temperature, top_p, top_k, stop_ids, progress):
-    device = model.device
-    # Prefill each prompt once, then give each of its samples a copy of its cache row.
-    unique = sorted({p for p, _ in sequences})
-    lengths = torch.tensor([len(prompts[p]) for p in unique], device=device)
-    padded = torch.zeros(len(unique), int(lengths.max()), dtype=torch.long)
-    for row, p in enumerate(unique):
-        padded[row, :len(prompts[p])] = torch.tensor(prompts[p])
-    size = padded.shape[1] + max_new_tokens
-    cache = KVCache(model.config, len(unique), size, device, model.dtype)
-    logits = model(padded.to(device), cache=cache, lengths=lengths)                               # [unique, V]
-    rows = torch.tensor([unique.index(p) for p, _ in sequences], device=device)
-    cache.select(rows)
-    logits = logits[rows]                                                                         # [B, V]
+def _queue(prompts, keys) -> list[_Sequence]:
+    """The sequences in lexicographic order of their prompts, each with the longest prefix that one before it has.
 
-    keys = torch.tensor(keys, device=device)                                                      # [B]
-    stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
-    alive = torch.arange(len(sequences), device=device)     # the sequence that each row of the batch belongs to
-    done = torch.zeros(len(alive), dtype=torch.bool, device=device)                               # [B]
-    tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=device)             # [all, new]
-    logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
-    counts = torch.zeros(len(alive), dtype=torch.long, device=device)
-    finished = torch.zeros(len(alive), dtype=torch.bool, device=device)
-    for position in range(max_new_tokens):
-        chosen, chosen_logprobs = sample(logits, temperature, top_p, top_k, uniform(keys, position))
-        live = alive[~done]
-        tokens[live, position], logprobs[live, position] = chosen[~done], chosen_logprobs[~done]
-        counts[live] += 1
-        stopped = torch.isin(chosen, stops) & ~done
-        finished[alive[stopped]] = True
-        done |= stopped
-        left = len(done) - int(done.sum())
-        if progress and int(stopped.sum()):
-            progress(int(stopped.sum()))
-        if left == 0 or position == max_new_tokens - 1:
-            if progress and left:
-                progress(left)
-            break
-        if left <= 0.75 * len(done):   # shrink the batch to the rows still going, when it saves more than it copies
-            kept = (~done).nonzero()[:, 0]
-            cache.select(kept)
-            alive, keys, chosen, done = alive[kept], keys[kept], chosen[kept], done[kept]
-        logits = model(chosen[:, None], cache=cache, lengths=1, span=padded.shape[1] + position + 1)
-    tokens, logprobs, counts, finished = tokens.tolist(), logprobs.tolist(), counts.tolist(), finished.tolist()
-    return [Completion(tokens[i][:counts[i]], logprobs[i][:counts[i]], finished[i]) for i in range(len(sequences))]
+    In this order all sequences from a leader to its follower begin with what those two share. So whichever of them has
+    the leader's slot by the time the follower is admitted, the prefix is still there to copy."""
+    queue: list[_Sequence] = []
+    first = list(itertools.accumulate(map(len, keys), initial=0))   # of a prompt's sequences, in the result
+    common: list[tuple[int, _Sequence]] = []   # (length, leader) of prefixes of the last in the queue, ever longer
+    for p in sorted(range(len(prompts)), key=lambda p: prompts[p]):
+        for sample, key in enumerate(keys[p]):
+            leader, shared = None, 0
+            if queue:
+                leader, shared = queue[-1], _shared_prefix(queue[-1].prompt, prompts[p])
+                while common and common[-1][0] >= shared:
+                    leader = common.pop()[1]
+                common.append((shared, leader))
+            if shared < SHARE_AT_LEAST and shared < len(prompts[p]):
+                leader, shared = None, 0
+            queue.append(_Sequence(first[p] + sample, prompts[p], key, leader, shared))
+    return queue
+
+
+def _shared_prefix(a: list[int], b: list[int]) -> int:
+    return len(a) if a == b else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The slots
+
+class _Settings(NamedTuple):
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_ids: tuple[int, ...]
+    limit: int   # tokens of a response
+
+
+class Sampler:
+    """Slots of a static cache, and the decode step over the first of them. The tensors keep their places in memory from
+    one rollout to the next, so that CUDA graphs may refer to them.
+
+    slots: sequences at the same time. max_length: positions of each, prompt and response together. compile: the decode
+    step goes through torch.compile. Raises ValueError, with the numbers, where the cache does not fit.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, max_length: int, device, dtype: torch.dtype,
+                 compile: bool = False):
+        self.config, self.slots, self.max_length = config, slots, max_length
+        self.device, self.dtype = torch.device(device), dtype
+        # Graphs are never replayed at the same time, so that they may share their memory.
+        on_gpu = self.device.type == "cuda"
+        self.capture = functools.partial(_capture_graph, torch.cuda.graph_pool_handle()) if on_gpu else None
+        self.step = torch.compile(self._step, dynamic=True) if compile else self._step
+        self.work = Work()
+        self.cache, self.graphs, self.model = None, {}, lambda: None
+        needed, free = slots * KVCache.bytes_per_slot(config, max_length, dtype), free_memory(self.device)
+        if needed > free:
+            raise ValueError(f"a cache of {slots} slots of {max_length} positions takes {needed / 1e9:.2f} GB, but "
+                             f"{free / 1e9:.2f} GB are free: fewer slots, or shorter prompts and responses, would fit")
+
+    def prepare(self, model: Transformer, settings: _Settings) -> None:
+        """Allocate what is not yet; forget the graphs of another model, which refer to its weights."""
+        if self.model() is not model:
+            self.graphs.clear()
+            self.model = weakref.ref(model)   # weak: a gathered copy goes when its rollout ends
+        if self.cache is None:
+            self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
+            zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
+            self.rows = torch.arange(self.slots, device=self.device)
+            self.lengths = zeros(self.slots)                    # positions in the cache
+            self.tokens = zeros(self.slots)                     # the last token, not yet in the cache
+            self.keys = zeros(self.slots)                       # of the random numbers
+            self.counts = zeros(self.slots)                     # tokens sampled
+            self.done = torch.ones_like(self.keys)              # 1: free, or ended and not yet collected
+            self.first = zeros(self.slots, self.config.vocab_size, dtype=self.dtype)   # logits after the prompt
+            self.sampled = zeros(self.slots, self.max_length)
+            self.logprobs = zeros(self.slots, self.max_length, dtype=torch.float32)
+            self.stops = {}
+        if settings.stop_ids not in self.stops:
+            self.stops[settings.stop_ids] = torch.tensor(settings.stop_ids, device=self.device, dtype=torch.long)
+
+    def release(self) -> None:
+        """Give all memory back; `prepare` allocates it again."""
+        self.graphs.clear()
+        self.cache = self.rows = self.lengths = self.tokens = self.keys = self.counts = self.done = None
+        self.first = self.sampled = self.logprobs = self.stops = None
+
+    def admit(self, model: Transformer, sequences: list[_Sequence], settings: _Settings) -> None:
+        """Give new sequences their prompt, what a leader has copied and the rest prefilled, and their first token."""
+        started = time.perf_counter()
+        rounds: dict[_Sequence, int] = {}   # one whose leader comes in with it is a round later
+        for s in sequences:
+            rounds[s] = rounds.get(s.leader, -1) + 1
+        for number in range(max(rounds.values()) + 1):
+            members = [s for s in sequences if rounds[s] == number]
+            copies = [s for s in members if s.shared and s.leader.slot != s.slot]
+            if copies:   # what is copied beyond its own share is overwritten by what follows in a slot
+                sources, targets = (self._tensor([x.slot for x in chosen]) for chosen in ([s.leader for s in copies], copies))
+                self.cache.copy(sources, targets, max(s.shared for s in copies))
+                self.first[targets] = self.first[sources]
+            # Rows of like length go together, and those that start from nothing: their attention is cheaper.
+            batch: list[_Sequence] = []
+            rest = {s: len(s.prompt) - s.shared for s in members if s.shared < len(s.prompt)}
+            for s in sorted(rest, key=lambda s: (s.shared == 0, rest[s]), reverse=True):
+                if batch and ((s.shared == 0) != (batch[0].shared == 0) or rest[s] < rest[batch[0]] // 2
+                              or rest[batch[0]] * (len(batch) + 1) > PREFILL_POSITIONS):
+                    self._prefill(model, batch)
+                    batch = []
+                batch.append(s)
+            if batch:
+                self._prefill(model, batch)
+
+        slots = self._tensor([s.slot for s in sequences])
+        self.keys[slots] = self._tensor([s.key for s in sequences])
+        self.lengths[slots] = self._tensor([len(s.prompt) for s in sequences])
+        self.counts[slots] = 0
+        self.done[slots] = 0
+        self._append(slots, self.first[slots], settings)
+        for s in sequences:
+            s.count = 1
+        self._synchronise()
+        self.work.prefill_seconds += time.perf_counter() - started
+
+    def _prefill(self, model, batch):
+        rests = [s.prompt[s.shared:] for s in batch]
+        width = max(map(len, rests))
+        tokens = self._tensor([rest + [0] * (width - len(rest)) for rest in rests])                # [B, T]
+        slots = self._tensor([s.slot for s in batch])
+        starts = self._tensor([s.shared for s in batch]) if batch[0].shared else None
+        hidden = model.extend(tokens, self.cache, slots, starts,
+                              min(width + max(s.shared for s in batch), self.max_length))         # [B, T, D]
+        last = self._tensor([len(rest) - 1 for rest in rests])
+        self.first[slots] = model.logits(hidden[torch.arange(len(batch), device=self.device), last])
+        self.work.positions += tokens.numel()
+        self.work.wasted_positions += tokens.numel() - sum(map(len, rests))
+
+    def decode(self, model: Transformer, running: list[_Sequence], settings: _Settings) -> tuple[list[int], int]:
+        """One token for every sequence, or several where looking costs: (slots that ended, tokens sampled)."""
+        started, batch = time.perf_counter(), len(running)
+        steps = min(CHECK_EVERY if self.capture else 1, max(settings.limit - s.count for s in running))
+        span = max(len(s.prompt) + s.count - 1 for s in running) + steps
+        if self.capture:
+            batch, span = bucket(batch, self.slots), bucket(max(span, 64), self.max_length)
+        for _ in range(steps):
+            key = (batch, span, settings)
+            if not self.capture:
+                self.step(model, *key)
+            elif key in self.graphs:
+                self.graphs[key]()
+            else:
+                self.graphs[key] = self.capture(functools.partial(self.step, model, *key))
+        state = torch.stack((self.counts[:len(running)], self.done[:len(running)])).tolist()
+        sampled = sum(state[0]) - sum(s.count for s in running)
+        for s, count in zip(running, state[0]):
+            s.count = count
+        self.work.decode_seconds += time.perf_counter() - started
+        self.work.sequence_steps += sampled
+        self.work.positions += batch * steps
+        self.work.wasted_positions += batch * steps - sampled
+        self.work.slot_steps += self.slots * steps
+        return [slot for slot, done in enumerate(state[1]) if done], sampled
+
+    def _step(self, model, batch, span, settings):
+        """One token for each of the first `batch` slots. Nothing here waits for the device or depends on its numbers."""
+        rows = self.rows[:batch]
+        hidden = model.extend(self.tokens[:batch, None], self.cache, None, self.lengths[:batch], span)   # [B, 1, D]
+        self.lengths[:batch] += 1 - self.done[:batch]
+        self._append(rows, model.logits(hidden[:, 0]), settings)
+
+    def _append(self, rows, logits, settings):
+        """Sample a token for these slots [B] from logits [B, V]. One that is done writes behind its end, unseen."""
+        counts, done = self.counts[rows], self.done[rows]
+        tokens, logprobs = sample(logits, settings.temperature, settings.top_p, settings.top_k,
+                                  uniform(self.keys[rows], counts))
+        self.tokens[rows] = self.sampled[rows, counts] = tokens
+        self.logprobs[rows, counts] = logprobs
+        self.counts[rows] = counts = counts + 1 - done
+        self.done[rows] = done | (tokens[:, None] == self.stops[settings.stop_ids]).any(-1) | (counts == settings.limit)
+
+    def collect(self, ended: list[_Sequence], settings: _Settings) -> list[tuple[_Sequence, Completion]]:
+        if not ended:
+            return []
+        slots, longest = self._tensor([s.slot for s in ended]), max(s.count for s in ended)
+        rows = zip(ended, self.sampled[slots, :longest].tolist(), self.logprobs[slots, :longest].tolist())
+        return [(s, Completion(tokens[:s.count], logprobs[:s.count], tokens[s.count - 1] in settings.stop_ids))
+                for s, tokens, logprobs in rows]
+
+    def move(self, moved: dict[int, _Sequence]) -> None:
+        """Sequences to the slots given; none of these is where another one comes from."""
+        sources, targets = self._tensor([s.slot for s in moved.values()]), self._tensor(list(moved))
+        self.cache.copy(sources, targets, max(len(s.prompt) + s.count for s in moved.values()))
+        for state in (self.lengths, self.tokens, self.keys, self.counts, self.done, self.sampled, self.logprobs):
+            state[targets] = state[sources]
+        self.done[sources] = 1
+        for slot, sequence in moved.items():
+            sequence.slot = slot
+
+    def _tensor(self, numbers) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _capture_graph(pool, step: Callable[[], None]) -> Callable[[], None]:
+    """Run the step once, which capturing wants as a warm-up, and return its CUDA graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):   # records without running
+        step()
+    return graph.replay
+
+
+def bucket(number: int, most: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but no more than `most`: few enough to capture a graph for each."""
+    power = 1 << (number - 1).bit_length()
+    return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take; processes on one CPU share what it has."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)   # by PyTorch's allocator
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def choose_slots(config: ModelConfig, sequences: int, max_length: int, device, dtype: torch.dtype) -> int:
+    """As many slots as there are sequences, as MAX_SLOTS, or as fit in a third of the free memory; at least one."""
+    fitting = free_memory(torch.device(device)) // 3 // KVCache.bytes_per_slot(config, max_length, dtype)
+    return max(1, min(sequences, MAX_SLOTS, fitting))
+
+
+def spread(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Share prompts out by length, not by count: indices for each process, the longest going first to who has least."""
+    shares, loads = [[] for _ in range(processes)], [(0, p) for p in range(processes)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, p = heapq.heappop(loads)
+        shares[p].append(i)
+        heapq.heappush(loads, (load + lengths[i], p))
+    return [sorted(share) for share in shares]
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, uniforms: torch.Tensor):
@@ -132,19 +416,29 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, u
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logprobs = (logits.float() / temperature).log_softmax(-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if top_k or top_p < 1:
-        ranked, ids = logprobs.sort(dim=-1, descending=True, stable=True)
-        if top_k:
-            ranked[:, top_k:] = -torch.inf
+        ranked, ids = logits.topk(min(top_k, logits.shape[-1])) if top_k else logits.sort(descending=True)
         if top_p < 1:
             probs = ranked.softmax(-1)
             ranked[probs.cumsum(-1) - probs >= top_p] = -torch.inf   # the likelier tokens alone reach top_p
-        logprobs = torch.full_like(logprobs, -torch.inf).scatter(-1, ids, ranked).log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)                                               # [B, V]
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, ranked)
+    probs = logits.softmax(-1)                                                                    # [B, V]
+    # First the block of the vocabulary, then the token in it: only sums of blocks need to be cumulated in float64. The
+    # clamps are for the NaN of a model that has diverged, which must not become an index out of bounds.
+    blocks = F.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))             # [B, V/128, 128]
+    cumulative = blocks.sum(-1).double().cumsum(-1)                                               # [B, V/128]
     targets = uniforms[:, None] * cumulative[:, -1:]   # scaled to the sum, which rounding keeps from being exactly 1
-    tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=logits.shape[-1] - 1)  # [B, 1]
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    block = torch.searchsorted(cumulative, targets, right=True).clamp(max=cumulative.shape[-1] - 1)   # [B, 1]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)   # [B, 128]
+    targets = targets - F.pad(cumulative, (1, 0)).gather(1, block)
+    targets = targets.minimum(inside[:, -1:] * (1 - 1e-15))   # the two sums of a block may round apart
+    tokens = block * _BLOCK + torch.searchsorted(inside, targets, right=True)                     # [B, 1]
+    tokens = tokens.clamp(max=probs.shape[-1] - 1)
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+_BLOCK = 128   # divides the vocabularies of most models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,9 +464,9 @@ def _stream_key(*parts: int) -> int:
     return _signed(key)
 
 
-def uniform(keys: torch.Tensor, position: int) -> torch.Tensor:
-    """keys [B] int64 -> [B] float64 in [0, 1), 32 random bits each."""
-    x = keys + _signed(_GOLDEN * (position + 1))
+def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """keys [B] int64, positions [B] int64 -> [B] float64 in [0, 1), 32 random bits each."""
+    x = keys + (positions + 1) * _signed(_GOLDEN)
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(_MIX_1)    # the masks make the shifts of signed numbers logical
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(_MIX_2)
     return ((x ^ (x >> 31 & (1 << 33) - 1)) >> 32 & 0xFFFFFFFF).double() / 2 ** 32

@@ -45,7 +45,7 @@ from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, im
 from model_utils import (Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
                          load_model, rank, save_model, shard, token_logprobs, world_size)
 from reward import score
-from rollout import generate
+from rollout import Sampler, Work, choose_slots, generate, spread
 
 # What each method sets, unless the option is given. ICPO† of the paper is icpo-rs; ICPO† − ERRS is icpo with --errs false.
 METHODS = {
@@ -121,7 +121,9 @@ class Options:
     top_p: float = option(1.0, "nucleus sampling; below 1 it needs --old-logprobs recompute")
     top_k: int = option(0, "sample among so many likeliest tokens; 0 is all; else it needs --old-logprobs recompute")
     max_new_tokens: int = option(48, "longest response in tokens")
-    max_batch: int = option(256, "sequences that a process samples at the same time")
+    slots: int = option(0, "sequences that a process samples at the same time; 0 is as many as there are, but at most "
+                        "256 and what fits in a third of the free memory")
+    compile: bool = option(False, "put the decode step through torch.compile")
 
     # Optimisation
     steps: int = option(60, "training steps")
@@ -153,8 +155,8 @@ class Options:
 
 
 # Options that a resumed run may change: beyond rounding they move no number of the steps still to come.
-FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "max_batch",
-                  "micro_batch_size", "eval_every"}
+FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "slots",
+                  "compile", "micro_batch_size", "eval_every"}
 
 
 def parse_options(arguments: list[str], saved: dict | None = None) -> Options:
@@ -193,10 +195,10 @@ def resolve(options: Options) -> Options:
             setattr(o, name, value)
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
-    for name in ("n_on", "steps", "batch_size", "mini_batch_size", "micro_batch_size", "max_new_tokens", "max_batch",
+    for name in ("n_on", "steps", "batch_size", "mini_batch_size", "micro_batch_size", "max_new_tokens",
                  "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps"):
         _require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
-    for name in ("n_off", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every", "log_questions",
+    for name in ("n_off", "slots", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every", "log_questions",
                  "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k", "eval_temperature"):
         _require(getattr(o, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(o, name)}")
     for name in ("learning_rate", "grad_clip", "temperature", "verify_timeout", "shaping_lambda"):
@@ -242,6 +244,7 @@ class Run:
     problems: list[Problem]
     held_out: list[Problem]
     demonstrations: Demonstrations | None
+    sampler: Sampler
     start: int = 0                      # steps already made
 
 
@@ -316,13 +319,23 @@ def prepare(arguments: list[str]) -> Run:
         for each in filter(None, (model, reference)):
             shard(each, DTYPES[options.dtype])
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    run = Run(options, folder, device, model, reference, optimizer, builder, problems, held_out, demonstrations)
+    sampler = make_sampler(options, model, len(held_out))
+    run = Run(options, folder, device, model, reference, optimizer, builder, problems, held_out, demonstrations, sampler)
     if saved is not None:
         run.start = load_checkpoint(run)
         _require(run.start <= options.steps, f"{folder} has made {run.start} steps already, more than --steps "
                  f"{options.steps}")
     on_main(lambda: write_settings(run))
     return run
+
+
+def make_sampler(options: Options, model: Transformer, held_out: int) -> Sampler:
+    """Slots for the larger of a rollout and an evaluation; --slots 0 is resolved to a number, the same on every process."""
+    o, length = options, options.max_prompt_length + options.max_new_tokens
+    sequences = max(o.batch_size * (o.n_on + o.n_off), held_out * o.eval_samples if o.eval_every else 0)
+    found = choose_slots(model.config, -(-sequences // world_size()), length, model.device, DTYPES[o.dtype])
+    o.slots = o.slots or min(gather_objects(found))
+    return Sampler(model.config, o.slots, length, model.device, DTYPES[o.dtype], o.compile)
 
 
 def select_data(options: Options, builder: PromptBuilder, problems: list[Problem], held_out: list[Problem]):
@@ -455,32 +468,58 @@ def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"order {seed} {epoch}").sample(range(count), count)
 
 
-def sample_responses(run: Run, sampler: Transformer, step: int, slots: list[int]) -> list[Response]:
-    """Step 2: N_on responses of π_θold(·|q) and N_off off-policy ones for each question of this process."""
+@dataclass
+class Prompts:
+    plain: list[int]              # q
+    demo_prefixed: list[list[int]]   # [D; q], N_off of them
+
+
+def make_prompts(run: Run, step: int) -> dict[int, Prompts]:
+    """For each question of the batch, by its slot."""
+    o, prompts = run.options, {}
+    for slot in range(o.batch_size):
+        problem, draws = batch_problem(run, step, slot), range(o.n_off if o.off_policy == "demonstrations" else 0)
+        prompts[slot] = Prompts(run.builder.plain(problem), [
+            run.demonstrations.draw(problem, random.Random(f"demonstrations {o.seed} {step} {slot} {j}"))[1] for j in draws])
+    return prompts
+
+
+def my_share(run: Run, prompts: dict[int, Prompts]) -> dict[int, Prompts]:
+    """This process's questions. Each mini-batch is shared out by the positions that its sequences may fill."""
+    o, mine = run.options, {}
+    for first in range(0, o.batch_size, o.mini_batch_size):
+        part = [prompts[slot] for slot in range(first, first + o.mini_batch_size)]
+        lengths = [o.n_on * (len(p.plain) + o.max_new_tokens) + sum(len(d) + o.max_new_tokens for d in p.demo_prefixed)
+                   for p in part]
+        mine |= {first + i: part[i] for i in spread(lengths, world_size())[rank()]}
+    return mine
+
+
+def sample_responses(run: Run, model: Transformer, step: int, prompts: dict[int, Prompts], progress=None) -> list[Response]:
+    """Step 2: N_on responses of π_θold(·|q) and N_off off-policy ones for each of these questions."""
     o, builder = run.options, run.builder
-    problems = {slot: batch_problem(run, step, slot) for slot in slots}
-    plain = {slot: builder.plain(problems[slot]) for slot in slots}
-    settings = dict(max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, top_k=o.top_k,
-                    stop_ids=sampler.stop_ids, seed=o.seed, max_batch=o.max_batch)
+    plain = [p.plain for p in prompts.values()]
+    owners = [(slot, j, prompt) for slot, p in prompts.items() for j, prompt in enumerate(p.demo_prefixed)]
 
-    def streams(kind, ids):   # random numbers of their own for every step, and for on- and off-policy
-        return [((2 * step + kind) << 32) + i for i in ids]
+    def stream(kind, i):   # random numbers of their own for every step, for on- and off-policy, and for evaluation: i alone
+        return ((2 * step + kind) << 32) + i
 
-    on = generate(sampler, [plain[slot] for slot in slots], n=o.n_on, stream_ids=streams(0, slots), **settings)
-    rows = [Response(slot, False, plain[slot], plain[slot], c.tokens, c.logprobs, c.finished)
-            for slot, c in zip((slot for slot in slots for _ in range(o.n_on)), on)]
-    if o.off_policy == "demonstrations":
-        owners = [(slot, j) for slot in slots for j in range(o.n_off)]
-        prompts = [run.demonstrations.draw(problems[slot], random.Random(f"demonstrations {o.seed} {step} {slot} {j}"))[1]
-                   for slot, j in owners]
-        ids = streams(1, (slot * o.n_off + j for slot, j in owners))
-        off = implicit_expert_forcing(lambda x_exp: generate(sampler, x_exp, stream_ids=ids, **settings), prompts)
-        rows += [Response(slot, True, plain[slot], prompt, c.tokens, c.logprobs, c.finished)
-                 for (slot, _), prompt, c in zip(owners, prompts, off)]
-    elif o.off_policy == "dataset":
-        for slot in slots:
-            tokens = expert_tokens(builder, problems[slot])   # its denominator is 1: a log-probability of 0
-            rows.append(Response(slot, True, plain[slot], plain[slot], tokens, [0.0] * len(tokens), True))
+    def policy(x_exp):   # with the plain questions in the same call, so that no slot waits for one of the two kinds
+        return generate(model, plain + x_exp, n=[o.n_on] * len(plain) + [1] * len(x_exp), seed=o.seed,
+                        stream_ids=[stream(1, slot) for slot in prompts]
+                        + [stream(2, slot * o.n_off + j) for slot, j, _ in owners],
+                        max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p, top_k=o.top_k,
+                        stop_ids=model.stop_ids, sampler=run.sampler, progress=progress)
+
+    completions = iter(implicit_expert_forcing(policy, [prompt for *_, prompt in owners]))
+    rows = [Response(slot, False, p.plain, p.plain, c.tokens, c.logprobs, c.finished)
+            for slot, p in prompts.items() for c in itertools.islice(completions, o.n_on)]
+    rows += [Response(slot, True, prompts[slot].plain, prompt, c.tokens, c.logprobs, c.finished)
+             for (slot, _, prompt), c in zip(owners, completions)]
+    if o.off_policy == "dataset":
+        for slot, p in prompts.items():
+            tokens = expert_tokens(builder, batch_problem(run, step, slot))   # its denominator is 1: a log-probability of 0
+            rows.append(Response(slot, True, p.plain, p.plain, tokens, [0.0] * len(tokens), True))
     for row in rows:
         row.text = builder.tokenizer.decode(row.tokens, skip_special_tokens=True)
     return sorted(rows, key=lambda row: (row.slot, row.off_policy))
@@ -618,15 +657,28 @@ def combine(totals: dict[str, list]) -> dict[str, float]:
     return {name: (sum if how == "sum" else max)(each[name][0] for each in everyone) for name, (_, how) in totals.items()}
 
 
+def follow(say, total: int):
+    """What `generate` calls while it runs: says how many sequences have finished, and the tokens per second."""
+    started, done, tokens = time.perf_counter(), 0, 0
+
+    def progress(ended: int, sampled: int) -> None:
+        nonlocal done, tokens
+        done, tokens = done + ended, tokens + sampled
+        say(f"sampling {done}/{total}, {tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    return progress
+
+
 def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
     """Steps 1 to 5 once. Returns the metrics of the step, on every process, and this process's responses."""
     o, started = run.options, time.perf_counter()
     size = o.mini_batch_size
-    slots = [slot for first in range(0, o.batch_size, size) for slot in range(first, first + size)[rank()::world_size()]]
     say("sampling")
-    sampler = gather_model(run.model, DTYPES[o.dtype])
-    rows = sample_responses(run, sampler, step, slots)
-    del sampler   # a copy of the whole model, where there are several processes
+    prompts = my_share(run, make_prompts(run, step))
+    run.sampler.work = Work()
+    model = gather_model(run.model, DTYPES[o.dtype])
+    rows = sample_responses(run, model, step, prompts,
+                            follow(say, sum(o.n_on + len(p.demo_prefixed) for p in prompts.values())))
+    del model   # a copy of the whole model, where there are several processes
     sampled = time.perf_counter()
     bonus = mix(run, rows, step)
     scored = time.perf_counter()
@@ -636,7 +688,8 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
                for part in range(o.batch_size // size)]
     ended = time.perf_counter()
 
-    s = combine(describe(rows))
+    s = combine(describe(rows) | {name: [value, "max" if name.endswith("seconds") else "sum"]
+                                  for name, value in asdict(run.sampler.work).items()})
     mean = {name: fmean(u[name] for u in updates) for name in updates[0]}
     per = lambda total, count: total / count if count else None   # noqa: E731  (null in the file: there were none)
     return {
@@ -652,6 +705,8 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
         "truncated": per(s["cut_on"], s["count_on"]), "truncated_off": per(s["cut_off"], s["count_off"]),
         "tokens_per_second": (s["tokens_on"] + s["tokens_off"]) / (ended - started), "step_seconds": ended - started,
         "rollout_seconds": sampled - started, "reward_seconds": scored - sampled, "update_seconds": ended - scored,
+        "prefill_seconds": s["prefill_seconds"], "decode_seconds": s["decode_seconds"],
+        "slot_occupancy": s["sequence_steps"] / s["slot_steps"], "wasted_positions": s["wasted_positions"] / s["positions"],
     }, rows
 
 
@@ -661,10 +716,9 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
 def held_out_accuracy(run: Run) -> float:
     """Mean score of answers to the held-out problems, asked plainly."""
     o = run.options
-    sampler = gather_model(run.model, DTYPES[o.dtype])
-    records = evaluate(sampler, run.builder, run.held_out, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,
+    records = evaluate(gather_model(run.model, DTYPES[o.dtype]), run.builder, run.held_out, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,
                        temperature=o.eval_temperature, top_p=o.eval_top_p, top_k=o.eval_top_k, seed=o.seed,
-                       max_batch=o.max_batch, verify_timeout=o.verify_timeout)
+                       sampler=run.sampler, verify_timeout=o.verify_timeout)
     return fmean(record["score"] for record in records)
 
 
@@ -690,7 +744,7 @@ def train(run: Run) -> None:
     barrier()   # every process has read the file before rank 0 adds to it
     with tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method, disable=not is_main()) as bar:
         def say(phase: str) -> None:
-            bar.set_description(f"{o.method}, {phase}")
+            bar.set_description(f"{o.method}, {phase}", refresh=not phase.startswith("sampling "))
 
         for step in range(run.start, o.steps):
             before = {}

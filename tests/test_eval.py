@@ -61,7 +61,7 @@ def test_the_embedded_model_is_what_the_method_rests_on(embedded):
 
 def test_an_evaluation_depends_on_seed_and_problem_alone(embedded):
     model, builder, problems = embedded
-    one = evaluate(model, builder, problems[:6], samples=3, max_new_tokens=48, max_batch=4)
+    one = evaluate(model, builder, problems[:6], samples=3, max_new_tokens=48, slots=4)
     two = evaluate(model, builder, problems[:4], samples=3, max_new_tokens=48)
     assert one[:12] == two and [r["sample"] for r in one] == [0, 1, 2] * 6
     assert evaluate(model, builder, problems[:6], samples=3, max_new_tokens=48, seed=1) != one

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from model_utils import ModelConfig, Transformer, gather_model, load_model, save_model, token_logprobs
+from model_utils import (KVCache, ModelConfig, Transformer, gather_model, load_model, pack_weights, save_model,
+                         token_logprobs)
 from rollout import generate
 
 V, STOP = 100, 3
@@ -365,3 +367,55 @@ def test_what_a_killed_save_left_behind_does_not_get_into_the_next(tmp_path):
 def test_token_logprobs_refuses(shape, temperature):
     with pytest.raises(ValueError, match=f"not {shape[1]} and {temperature}"):
         token_logprobs(make_model(), random_tokens(*shape), temperature)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_weights_change_nothing_and_go(tied):
+    model = make_model(vocab=1000, hidden_size=384, intermediate_size=400, attention_bias=True, tie_word_embeddings=tied)
+    tokens = torch.randint(0, 1000, (3, 7), generator=torch.Generator().manual_seed(0))
+    linears = [module for module in model.modules() if hasattr(module, "packed")]
+    with torch.no_grad(), pack_weights(model):
+        assert any(module.packed is not None for module in linears) and model.packed_head is not None
+        assert any(module.packed is None for module in linears)   # the small ones: keys and values
+        packed = model(tokens)
+    assert all(module.packed is None for module in linears) and model.packed_head is None
+    assert_close(packed, model(tokens), rtol=1e-4, atol=1e-4)
+    with pytest.raises(KeyboardInterrupt), pack_weights(model):
+        raise KeyboardInterrupt
+    assert all(module.packed is None for module in linears) and model.packed_head is None
+    assert packed.shape == (3, 7, 1000) and model(tokens).requires_grad
+
+
+@pytest.mark.parametrize("span", [None, 9])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_extending_a_cache_in_parts_equals_one_pass(family, span):
+    """Three sequences in scattered slots: prefill padded, more tokens, then one at a time from the first slots."""
+    model = make_model(family=family)
+    g = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(0, V, (9,), generator=g) for _ in range(3)]
+    cache = KVCache(model.config, 5, 12, "cpu", torch.float32)
+    with torch.inference_mode():
+        whole = model(torch.stack(sequences))                                                     # [3, 9, V]
+        first, second = [2, 5, 3], [7, 8, 4]   # where the parts end; the third row has one token in the second
+        slots = torch.tensor([2, 0, 4])
+        width = max(first)
+        hidden = model.extend(torch.stack([F.pad(s[:e], (0, width - e)) for s, e in zip(sequences, first)]), cache, slots)
+        for i, end in enumerate(first):
+            assert_close(model.logits(hidden[i, :end]), whole[i, :end], rtol=1e-4, atol=1e-4)
+        width = max(b - a for a, b in zip(first, second))
+        rows = [F.pad(s[a:b], (0, width - (b - a))) for s, a, b in zip(sequences, first, second)]
+        hidden = model.extend(torch.stack(rows), cache, slots, torch.tensor(first), span)
+        for i, (start, end) in enumerate(zip(first, second)):
+            assert_close(model.logits(hidden[i, :end - start]), whole[i, start:end], rtol=1e-4, atol=1e-4)
+        cache.copy(slots, torch.tensor([0, 1, 2]), 9)
+        for _ in range(2):
+            tokens = torch.stack([s[min(e, 8)] for s, e in zip(sequences, second)])[:, None]
+            hidden = model.extend(tokens, cache, None, torch.tensor(second), span)
+            for i, end in enumerate(second):
+                if end < 9:
+                    assert_close(model.logits(hidden[i, 0]), whole[i, end], rtol=1e-4, atol=1e-4)
+            second = [min(end + 1, 8) for end in second]

@@ -1,15 +1,20 @@
 """Sampling, against transformers' generate and against distributions worked out here from the full logits."""
 
+import dataclasses
 import functools
+import gc
 import itertools
 import math
+import shutil
+import weakref
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from model_utils import ModelConfig, Transformer, token_logprobs
-from rollout import Completion, _stream_key, generate, sample, uniform
+import rollout
+from rollout import Completion, Sampler, _stream_key, bucket, choose_slots, generate, sample, spread, uniform
 
 V, NEW = 40, 24
 PROMPTS = [[5, 17, 2, 30, 9], [11], [3, 3, 8, 1, 0, 39, 22, 14, 7], [25, 6, 19], [1, 2, 3, 4, 5, 6, 7, 8, 9], [28, 33]]
@@ -50,6 +55,10 @@ def reference(hf):
     return run
 
 
+def uniform_at(keys, position):
+    return uniform(keys, torch.full_like(keys, position))
+
+
 def tokens_of(completions: list[Completion]) -> list[list[int]]:
     return [c.tokens for c in completions]
 
@@ -57,15 +66,15 @@ def tokens_of(completions: list[Completion]) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Greedy
 
-@pytest.mark.parametrize("max_batch", [1, 2, 5, 6, 100])
+@pytest.mark.parametrize("slots", [1, 2, 5, 6, 100])
 @pytest.mark.parametrize("stop_at", ["never", "first", "last", "somewhere"])
-def test_greedy_equals_transformers(stop_at, max_batch, model, reference):
+def test_greedy_equals_transformers(stop_at, slots, model, reference):
     plain, length = reference(), NEW
     if stop_at == "last":   # the last token that is new in its sequence, which is cut behind it
         length = 1 + max(i for i, token in enumerate(plain[0]) if token not in plain[0][:i])
     stops = {"never": [], "first": plain[2][:1], "last": [plain[0][length - 1]],
              "somewhere": [plain[0][4], plain[3][9], plain[4][7]]}[stop_at]
-    completions = generate(model, PROMPTS, temperature=0, max_new_tokens=length, stop_ids=stops, max_batch=max_batch)
+    completions = generate(model, PROMPTS, temperature=0, max_new_tokens=length, stop_ids=stops, slots=slots)
     assert tokens_of(completions) == [tokens[:length] for tokens in reference(*stops)]
     assert [c.finished for c in completions] == [c.tokens[-1] in stops for c in completions]
     assert all(c.logprobs == [0.0] * len(c.tokens) for c in completions)
@@ -80,9 +89,9 @@ def test_greedy_equals_transformers(stop_at, max_batch, model, reference):
         assert len({len(c.tokens) for c in completions}) > 2   # the batch shrinks more than once
 
 
-@pytest.mark.parametrize("max_batch", [1, 4, 100])
-def test_n_completions_of_a_prompt_are_consecutive(max_batch, model, reference):
-    completions = generate(model, PROMPTS, n=3, temperature=0, max_new_tokens=NEW, max_batch=max_batch)
+@pytest.mark.parametrize("slots", [1, 4, 100])
+def test_n_completions_of_a_prompt_are_consecutive(slots, model, reference):
+    completions = generate(model, PROMPTS, n=3, temperature=0, max_new_tokens=NEW, slots=slots)
     assert tokens_of(completions) == [tokens for tokens in reference() for _ in range(3)]
 
 
@@ -150,7 +159,7 @@ def test_sampling_frequencies(seed, temperature, top_p, top_k):
     logits = torch.randn(V, generator=torch.Generator().manual_seed(seed)).clamp(-1.5)
     probs = exact_distribution(logits, temperature, top_p, top_k)
     keys = torch.tensor([_stream_key(seed, i, 0) for i in range(20000)])
-    tokens, logprobs = sample(logits.expand(len(keys), V), temperature, top_p, top_k, uniform(keys, 3))
+    tokens, logprobs = sample(logits.expand(len(keys), V), temperature, top_p, top_k, uniform_at(keys, 3))
     assert_drawn_from(tokens.bincount(minlength=V), probs)
     assert torch.allclose(logprobs.double(), probs[tokens].log(), atol=1e-5)
 
@@ -161,6 +170,13 @@ def test_what_has_no_probability_is_not_drawn_at_the_ends_either(top_k, forbidde
     logits = torch.tensor([[forbidden] * 3 + [5.0, 5.0] + [forbidden] * 3])
     tokens, logprobs = sample(logits, 1.0, 1.0, top_k, torch.tensor([u], dtype=torch.float64))
     assert tokens.item() == (3 if u < 0.5 else 4) and logprobs.item() == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.9, 0), (1.0, 3)])
+def test_not_a_number_is_no_index_out_of_bounds(top_p, top_k):
+    """On a GPU that would end the process; a model that has diverged is for the trainer to report."""
+    tokens, logprobs = sample(torch.full((2, 300), torch.nan), 1.0, top_p, top_k, torch.tensor([0.1, 0.9]).double())
+    assert ((0 <= tokens) & (tokens < 300)).all() and logprobs.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -175,11 +191,11 @@ def test_temperature_zero_takes_the_likeliest(dtype):
 
 N = 20000
 ALONG = {
-    "seeds": lambda: uniform(torch.tensor([_stream_key(i, 5, 2) for i in range(N)]), 0),
-    "streams": lambda: uniform(torch.tensor([_stream_key(0, i, 0) for i in range(N)]), 0),
-    "samples": lambda: uniform(torch.tensor([_stream_key(7, 1, i) for i in range(N)]), 9),
-    "positions": lambda: torch.cat([uniform(torch.tensor([_stream_key(0, 0, 0)]), i) for i in range(N)]),
-    "neighbouring keys": lambda: uniform(torch.arange(N) - N // 2, 0),
+    "seeds": lambda: uniform_at(torch.tensor([_stream_key(i, 5, 2) for i in range(N)]), 0),
+    "streams": lambda: uniform_at(torch.tensor([_stream_key(0, i, 0) for i in range(N)]), 0),
+    "samples": lambda: uniform_at(torch.tensor([_stream_key(7, 1, i) for i in range(N)]), 9),
+    "positions": lambda: uniform(torch.tensor([_stream_key(0, 0, 0)]), torch.arange(N)),
+    "neighbouring keys": lambda: uniform_at(torch.arange(N) - N // 2, 0),
 }
 
 
@@ -201,7 +217,7 @@ def test_uniform_is_the_upper_half_of_splitmix64(key):
         z = (key + 0x9E3779B97F4A7C15 * (position + 1)) % 2 ** 64
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2 ** 64
-        assert uniform(torch.tensor([key]), position).item() == ((z ^ z >> 31) >> 32) / 2 ** 32
+        assert uniform_at(torch.tensor([key]), position).item() == ((z ^ z >> 31) >> 32) / 2 ** 32
 
 
 def test_stream_keys_differ():
@@ -210,13 +226,13 @@ def test_stream_keys_differ():
     assert len(set(keys)) == len(keys) and torch.tensor(keys).dtype == torch.int64
 
 
-@pytest.mark.parametrize("max_batch", [1, 3, 7, 100])
-def test_what_is_sampled_depends_on_nothing_but_seed_stream_sample_and_prompt(max_batch, model):
+@pytest.mark.parametrize("slots", [1, 3, 7, 100])
+def test_what_is_sampled_depends_on_nothing_but_seed_stream_sample_and_prompt(slots, model):
     def run(chosen, n=3, **changes):
         return generate(model, [PROMPTS[i] for i in chosen], n=n, max_new_tokens=12, stop_ids=[1, 30],
-                        **dict(seed=5, stream_ids=list(chosen), max_batch=max_batch) | changes)
+                        **dict(seed=5, stream_ids=list(chosen), slots=slots) | changes)
 
-    base = run(range(6), max_batch=256)
+    base = run(range(6), slots=256)
     for chosen in (range(6), [3, 0, 5], [4], range(5, -1, -1)):
         completions = run(chosen)
         expected = [base[3 * i + s] for i in chosen for s in range(3)]
@@ -224,6 +240,8 @@ def test_what_is_sampled_depends_on_nothing_but_seed_stream_sample_and_prompt(ma
         for completion, wanted in zip(completions, expected):
             assert completion.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
     assert tokens_of(run(range(6), n=2)) == tokens_of(c for i, c in enumerate(base) if i % 3 < 2)
+    assert tokens_of(run(range(6), n=[1, 3, 2, 1, 3, 2])) == tokens_of(
+        c for i, c in enumerate(base) if i % 3 < [1, 3, 2, 1, 3, 2][i // 3])
     assert tokens_of(run(range(6), stream_ids=None)) == tokens_of(base)   # by default the index
 
 
@@ -237,26 +255,205 @@ def test_what_is_sampled_differs_between_seeds_streams_and_samples(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Slots
+
+def distinct_prefixes(prompts, least):
+    """Positions to prefill when every prefix of at least `least` tokens, and every prompt, goes through the model once."""
+    total, seen = 0, []
+    for prompt in prompts:
+        shared = max((next((i for i in range(min(len(a), len(prompt))) if a[i] != prompt[i]), min(len(a), len(prompt)))
+                      for a in seen), default=0)
+        total += 0 if prompt in seen else len(prompt) - (shared if shared >= least else 0)
+        seen.append(prompt)
+    return total
+
+
+LONG = [(7 * i) % V for i in range(34)]
+SHARED = {
+    "none": [[i] + LONG[:6 + i] for i in range(5)],
+    "some": [LONG + [1, 2], LONG + [3], [9] * 36, LONG[:33] + [5, 5, 5], [9] * 35 + [2, 3], LONG + [1, 2, 4], [9, 9]],
+    "all": [LONG] * 3 + [LONG + [1]],
+    "nested": [LONG + [i // 2, *[8] * 3, i] for i in range(6)],
+}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 5, 100])
+@pytest.mark.parametrize("shared", SHARED)
+def test_shared_prefixes_are_prefilled_once(shared, slots, shuffled, model):
+    prompts = SHARED[shared][::-1] if shuffled else SHARED[shared]
+    sampler = Sampler(model.config, slots, 64, "cpu", torch.float32)
+    completions = generate(model, prompts, n=3, max_new_tokens=12, stop_ids=[1, 30], seed=2, sampler=sampler)
+    for i, prompt in enumerate(prompts):   # each prompt alone, in a cache of its own
+        alone = generate(model, [prompt], n=3, max_new_tokens=12, stop_ids=[1, 30], seed=2, stream_ids=[i])
+        assert tokens_of(completions[3 * i:3 * i + 3]) == tokens_of(alone)
+        for mine, other in zip(completions[3 * i:], alone):
+            assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    work = sampler.work
+    assert work.positions - work.wasted_positions == work.sequence_steps + distinct_prefixes(sorted(prompts), 32)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 7, 24])
+def test_slots_are_never_idle_while_sequences_wait(slots, model):
+    sampler = Sampler(model.config, slots, 64, "cpu", torch.float32)
+    completions = generate(model, PROMPTS, n=4, max_new_tokens=NEW, stop_ids=[1, 30], sampler=sampler)
+    lengths = [len(c.tokens) for c in completions]
+    assert len(set(lengths)) > 5   # else this would show little
+    steps = sampler.work.slot_steps // slots
+    assert sampler.work.sequence_steps == sum(lengths) - len(lengths)   # the first token of each comes from its prompt
+    assert steps <= sum(lengths) / slots + max(lengths)   # any order of work without idle slots keeps this (Graham)
+    assert steps >= max(lengths) - 1
+
+
+class FakeGraphs:
+    """Stands where CUDA graphs are captured: runs a step again as it was recorded, with every tensor where it was."""
+
+    def __init__(self, sampler):
+        self.sampler, self.captured, self.replayed = sampler, 0, 0
+
+    def __call__(self, step):
+        addresses, self.captured = self.addresses(), self.captured + 1
+        step()
+
+        def replay():
+            assert self.addresses() == addresses
+            self.replayed += 1
+            step()
+        return replay
+
+    def addresses(self):
+        s = self.sampler
+        state = [s.lengths, s.tokens, s.keys, s.counts, s.done, s.sampled, s.logprobs, *s.stops.values()]
+        return [tensor.data_ptr() for tensor in state + s.cache.keys + s.cache.values]
+
+
+@pytest.mark.parametrize("check_every", [1, 5, 100])
+@pytest.mark.parametrize("slots", [1, 3, 20, 24])
+def test_steps_replayed_from_graphs(slots, check_every, model, monkeypatch):
+    """What a GPU does, but for the graphs themselves: batches and spans from a ladder, looking now and then."""
+    monkeypatch.setattr(rollout, "CHECK_EVERY", check_every)
+    settings = dict(n=4, max_new_tokens=NEW, stop_ids=[1, 30], seed=3)
+    sampler = Sampler(model.config, slots, 64, "cpu", torch.float32)
+    sampler.capture = FakeGraphs(sampler)
+    for _ in range(2):
+        completions = generate(model, PROMPTS, sampler=sampler, **settings)
+        expected = generate(model, PROMPTS, slots=slots, **settings)
+        assert tokens_of(completions) == tokens_of(expected)
+        assert [c.finished for c in completions] == [c.finished for c in expected]
+        for completion, wanted in zip(completions, expected):
+            assert completion.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+    assert sampler.capture.captured == len(sampler.graphs) <= 8   # none for the second rollout
+    assert sampler.capture.replayed > 10
+    generate(model, PROMPTS, sampler=sampler, **settings | dict(temperature=0.5))   # other settings are another graph
+    assert sampler.capture.captured == len(sampler.graphs) > 1
+    other = Transformer(model.config)
+    generate(other, PROMPTS, sampler=sampler, **settings)   # graphs refer to the weights they were captured with
+    assert all(key[2].temperature == 1.0 for key in sampler.graphs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("slots", [3, 24])
+def test_cuda_graphs(slots, model):
+    settings = dict(n=4, max_new_tokens=NEW, stop_ids=[1, 30], seed=3)
+    expected = generate(model, PROMPTS, slots=slots, **settings)
+    on_gpu = Transformer(model.config).cuda()
+    on_gpu.load_state_dict(model.state_dict())
+    sampler = Sampler(model.config, slots, 64, "cuda", torch.float32)
+    for _ in range(2):
+        completions = generate(on_gpu, PROMPTS, sampler=sampler, **settings)
+        assert tokens_of(completions) == tokens_of(expected)
+        for completion, wanted in zip(completions, expected):
+            assert completion.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+    assert sampler.graphs
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_step(model, reference):
+    sampler = Sampler(model.config, 4, 64, "cpu", torch.float32, compile=True)
+    completions = generate(model, PROMPTS, temperature=0, max_new_tokens=NEW, sampler=sampler)
+    assert tokens_of(completions) == reference()
+
+
+def test_an_interrupted_rollout_leaves_nothing_allocated(model):
+    sampler = Sampler(model.config, 3, 64, "cpu", torch.float32)
+    expected = generate(model, PROMPTS, n=2, max_new_tokens=NEW)
+    held = []
+
+    def interrupt(ended, sampled):
+        held.extend(weakref.ref(t) for t in (*sampler.cache.keys, *sampler.cache.values, sampler.first, sampler.sampled))
+        if len(held) > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, n=2, max_new_tokens=NEW, sampler=sampler, progress=interrupt)
+    gc.collect()
+    assert held and not any(reference() is not None for reference in held)
+    assert tokens_of(generate(model, PROMPTS, n=2, max_new_tokens=NEW, sampler=sampler)) == tokens_of(expected)
+
+
+def test_a_cache_that_does_not_fit(model, monkeypatch):
+    per_slot = 2 * 2 * 2 * 64 * 16 * 4   # keys and values, layers, heads, positions, head size, bytes
+    monkeypatch.setattr(rollout, "free_memory", lambda device: 10 * per_slot)
+    assert choose_slots(model.config, 100, 64, "cpu", torch.float32) == 3
+    assert choose_slots(model.config, 2, 64, "cpu", torch.float32) == 2
+    assert choose_slots(model.config, 100, 32, "cpu", torch.bfloat16) == 13
+    Sampler(model.config, 10, 64, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="11 slots of 64 positions takes 0.00 GB, but 0.00 GB are free: fewer slots"):
+        Sampler(model.config, 11, 64, "cpu", torch.float32)
+    monkeypatch.setattr(rollout, "free_memory", lambda device: per_slot - 1)
+    with pytest.raises(ValueError, match="a cache of 1 slots of 64 positions"):
+        generate(model, [[1] * 40], max_new_tokens=24)
+
+
+def test_a_sampler_for_other_prompts_or_another_model(model):
+    sampler = Sampler(model.config, 2, 20, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="prompt 0 has 11 tokens; with max_new_tokens=10 the sampler's 20 .* room for 10"):
+        generate(model, [[1] * 11], max_new_tokens=10, sampler=sampler)
+    other = Transformer(dataclasses.replace(model.config, num_layers=1))
+    with pytest.raises(ValueError, match="another shape"):
+        generate(other, [[1]], max_new_tokens=10, sampler=sampler)
+
+
+def test_the_ladder():
+    steps = sorted({bucket(number, 10 ** 6) for number in range(1, 200)})
+    assert steps == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    for most in (1, 5, 100):
+        assert all(number <= bucket(number, most) <= min(most, 1.5 * number) for number in range(1, most + 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_spread_is_by_length(processes):
+    lengths = [4000, 10, 12, 900, 11, 3000, 10, 700, 13, 2500, 60, 500]
+    shares = spread(lengths, processes)
+    assert sorted(itertools.chain(*shares)) == list(range(12)) and all(shares) and all(s == sorted(s) for s in shares)
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) <= 4 / 3 * max(sum(lengths) / processes, max(lengths))   # Graham's bound for longest first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The rest of the contract
 
-@pytest.mark.parametrize("max_batch", [1, 4, 100])
-def test_finished_and_progress(max_batch, model):
-    ended = []
-    completions = generate(model, PROMPTS, n=4, max_new_tokens=8, stop_ids=[1, 30, 12], max_batch=max_batch,
-                           progress=ended.append)
+@pytest.mark.parametrize("slots", [1, 4, 100])
+def test_finished_and_progress(slots, model):
+    calls = []
+    completions = generate(model, PROMPTS, n=4, max_new_tokens=8, stop_ids=[1, 30, 12], slots=slots,
+                           progress=lambda *numbers: calls.append(numbers))
     assert {c.finished for c in completions} == {True, False}   # else this would show nothing
     for completion in completions:
         assert completion.finished == (completion.tokens[-1] in (1, 30, 12))
         assert completion.finished or len(completion.tokens) == 8
         assert not {1, 30, 12} & set(completion.tokens[:-1])
         assert len(completion.logprobs) == len(completion.tokens)
-    assert sum(ended) == 24 and min(ended) > 0
+    ended, sampled = (sum(numbers) for numbers in zip(*calls))
+    assert ended == 24 and sampled == sum(len(c.tokens) for c in completions)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(n=0), "n must be at least 1, not 0"),
     (dict(max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
-    (dict(max_batch=-3), "max_batch must be at least 1, not -3"),
+    (dict(n=[2, 0]), "n must be at least 1, not 0"),
+    (dict(n=[1, 2, 3]), "3 n for 2 prompts"),
+    (dict(slots=-3), "slots must be at least 0, not -3"),
     (dict(top_k=-1), "top_k must be at least 0, not -1"),
     (dict(temperature=-0.5), "temperature must be at least 0, not -0.5"),
     (dict(temperature=math.nan), "temperature must be a finite number, not nan"),

@@ -22,7 +22,8 @@ TINY = ROOT / "tiny"
 SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4", "--eval-every", "2",
          "--checkpoint-every", "2", "--kl-coef", "0.01"]
 # What depends on the clock and not on the seed.
-CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "tokens_per_second"}
+CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "tokens_per_second", "prefill_seconds",
+         "decode_seconds"}
 
 
 def prepare(folder, *more):
@@ -68,7 +69,7 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     """Against a loop over single rows without padding, from full logits, (RATIO), f, (CLIP), KL and Z written out."""
     run = prepare(tmp_path / "run", "--micro-batch-size", 5, *settings)
     o = run.options
-    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
     trainer.mix(run, rows, 0)
     reference, _ = load_model(TINY / "model")
     with torch.no_grad():   # moved off the reference, so that the KL term has a gradient, and the ratios are not 1
@@ -119,10 +120,12 @@ def test_two_processes_make_the_same_run(whole_run, tmp_path, settings):
         whole_run = tmp_path / "one"
         trainer.train(prepare(whole_run, *settings))
     torchrun(*SMALL, *settings, "--output-dir", tmp_path / "two", "--micro-batch-size", 3 if not settings else 1,
-             "--max-batch", 7, processes=2)
+             "--slots", 7, processes=2)
     for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
+        for name in ("slot_occupancy", "wasted_positions"):   # of the slots that each process has
+            assert 0 <= one.pop(name) <= 1 and 0 <= two.pop(name) <= 1
         assert one == pytest.approx(two, rel=2e-4, abs=1e-5)
     texts = [sorted((r["step"], r["off_policy"], r["response"], r["in_group"]) for r in map(json.loads, file.open()))
              for file in (whole_run / "samples.jsonl", tmp_path / "two" / "samples.jsonl")]
@@ -179,7 +182,8 @@ def test_the_run_folder(whole_run):
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction", "ratio_max",
-                "logprob_gap", "kl", "grad_norm", "response_length", "tokens_per_second", "step_seconds"}
+                "logprob_gap", "kl", "grad_norm", "response_length", "tokens_per_second", "step_seconds",
+                "prefill_seconds", "decode_seconds", "slot_occupancy", "wasted_positions"}
     assert all(promised <= row.keys() for row in rows)
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4] and "eval_accuracy_before" in rows[0]
     assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer are one model
@@ -204,7 +208,7 @@ def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
     run = prepare(tmp_path / "run", *arguments)
     o = run.options
     step = 6 if o.bonus_steps == 8 else 0
-    rows = trainer.sample_responses(run, run.model, step, [0, 1, 2, 3])
+    rows = trainer.sample_responses(run, run.model, step, trainer.make_prompts(run, step))
     bonus = trainer.mix(run, rows, step)
     assert (len(rows), sum(row.off_policy for row in rows), sum(row.keep for row in rows)) == (sampled, off_policy, kept)
     assert bonus == (o.alpha * (1 - step / o.bonus_steps) if o.method == "icpo-rs" else 0.0)
@@ -246,7 +250,7 @@ def test_each_mini_batch_is_updated_with_its_own_questions(tmp_path, monkeypatch
 def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
     """Old log-probabilities are those of [D; q] for off-policy rows: a second pass over these prompts gives the same."""
     run = prepare(tmp_path / "run")
-    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
     sampled = [list(row.old_logprobs) for row in rows]
     assert 0 < trainer.recompute_logprobs(run, rows) < 1e-4
     for row, before in zip(rows, sampled):
@@ -257,7 +261,7 @@ def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
 def test_the_sampling_options_reach_the_sampler(tmp_path, arguments):
     """Each of these leaves a question one on-policy answer."""
     run = prepare(tmp_path / "run", *arguments, "--old-logprobs", "recompute")
-    rows = trainer.sample_responses(run, run.model, 0, [0, 1, 2, 3])
+    rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
     assert all(len({row.text for row in rows if row.slot == slot and not row.off_policy}) == 1 for slot in range(4))
 
 

@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,17 +159,20 @@ class Linear(nn.Linear):
 
 
 def _linear(x, weight, bias=None, packed=None):
-    if packed is None or torch.compiler.is_compiling():   # which would take it for a constant
+    if packed is None:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")   # as torch.compile does for a frozen model
 
 
 @contextlib.contextmanager
 def pack_weights(model: "Transformer"):
-    """On x86 CPUs in float32, keep a copy of the large weights in the order in which oneDNN reads them, until the `with`
-    block ends. With the few rows of a decode step its kernel needs half the time of the one behind F.linear. These two
-    operators are those to which torch.compile turns weights that it may take for constant."""
-    wanted = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """On CPUs in float32, large weights lie in the order in which oneDNN reads them until the `with` block ends; with the
+    few rows of a decode step its kernel needs half the time of the one behind F.linear.
+
+    They are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
+    `logits` work. Only the embeddings, where they are the head too, are there twice."""
+    wanted = (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+              and platform.machine().lower() in ("x86_64", "amd64"))
 
     def pack(weight):   # small ones gain nothing
         large = wanted and weight.numel() >= 1 << 17
@@ -176,13 +180,22 @@ def pack_weights(model: "Transformer"):
 
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     try:
-        for module in linears:
-            module.packed = pack(module.weight)
-        model.packed_head = pack(model.head)
+        with torch.inference_mode(False), torch.no_grad():
+            if model.config.tie_embeddings:
+                model.packed_head = pack(model.head)
+            for module in linears:
+                module.packed = pack(module.weight)
+                if module.packed is not None:
+                    module.weight.data = module.weight.new_empty(0)
+        if not model.config.tie_embeddings:
+            model.packed_head = model.lm_head.packed
         yield
     finally:
-        for module in linears:
-            module.packed = None
+        with torch.inference_mode(False), torch.no_grad():
+            for module in linears:
+                if module.packed is not None:
+                    module.weight.data = module.packed.to_dense()
+                module.packed = None
         model.packed_head = None
 
 

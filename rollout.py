@@ -12,12 +12,14 @@ The model is the one that trains, so the log-probabilities returned here are the
 no second pass is needed.
 """
 
+import contextlib
 import functools
 import heapq
 import itertools
 import math
 import os
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -52,7 +54,7 @@ class Work:
     positions: int = 0
     wasted_positions: int = 0
     sequence_steps: int = 0      # running sequences, added up over decode steps; over slot_steps it is the occupancy
-    slot_steps: int = 0          # slots times decode steps
+    slot_steps: int = 0          # slots, no more than there are sequences, times decode steps
 
 
 @dataclass(eq=False)
@@ -66,7 +68,6 @@ class _Sequence:
     count: int = 0               # tokens sampled
 
 
-@torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[int] = 1, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, stop_ids: Sequence[int] = (), seed: int = 0,
              stream_ids: Sequence[int] | None = None, slots: int = 0, sampler: "Sampler | None" = None,
@@ -101,8 +102,10 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     waiting, running, ended = deque(_queue(prompts, keys)), [], []   # running[b] is in slot b; ended: slots, ascending
     completions: list[Completion] = [None] * len(waiting)
     try:
-        sampler.prepare(model, settings)
-        with pack_weights(model):
+        usable = min(sampler.slots, len(waiting))
+        # What torch.compile has compiled reads the weights where they were.
+        with contextlib.nullcontext() if sampler.compiled else pack_weights(model), torch.inference_mode():
+            sampler.prepare(model, settings)
             while waiting or len(ended) < len(running):
                 # Who has ended leaves its slot to the next one waiting.
                 free = ended + list(range(len(running), sampler.slots))
@@ -121,7 +124,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
                     sampler.move(moved)
                 if admitted:
                     sampler.admit(model, admitted, settings)
-                ended, sampled = sampler.decode(model, running, settings)
+                ended, sampled = sampler.decode(model, running, settings, usable)
                 for sequence, completion in sampler.collect([running[slot] for slot in ended], settings):
                     completions[sequence.index] = completion
                 if progress:
@@ -213,7 +216,10 @@ class Sampler:
         # Graphs are never replayed at the same time, so that they may share their memory.
         on_gpu = self.device.type == "cuda"
         self.capture = functools.partial(_capture_graph, torch.cuda.graph_pool_handle()) if on_gpu else None
-        self.step = torch.compile(self._step, dynamic=True) if compile else self._step
+        self.step, self.compiled = self._step, compile
+        if compile:
+            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")   # it may
+            self.step = torch.compile(self._step, dynamic=True)
         self.work = Work()
         self.cache, self.graphs, self.model = None, {}, lambda: None
         needed, free = slots * KVCache.bytes_per_slot(config, max_length, dtype), free_memory(self.device)
@@ -297,7 +303,8 @@ class Sampler:
         self.work.positions += tokens.numel()
         self.work.wasted_positions += tokens.numel() - sum(map(len, rests))
 
-    def decode(self, model: Transformer, running: list[_Sequence], settings: _Settings) -> tuple[list[int], int]:
+    def decode(self, model: Transformer, running: list[_Sequence], settings: _Settings,
+               usable: int) -> tuple[list[int], int]:
         """One token for every sequence, or several where looking costs: (slots that ended, tokens sampled)."""
         started, batch = time.perf_counter(), len(running)
         steps = min(CHECK_EVERY if self.capture else 1, max(settings.limit - s.count for s in running))
@@ -320,7 +327,7 @@ class Sampler:
         self.work.sequence_steps += sampled
         self.work.positions += batch * steps
         self.work.wasted_positions += batch * steps - sampled
-        self.work.slot_steps += self.slots * steps
+        self.work.slot_steps += usable * steps
         return [slot for slot, done in enumerate(state[1]) if done], sampled
 
     def _step(self, model, batch, span, settings):

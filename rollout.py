@@ -113,7 +113,10 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
                 for sequence, slot in zip(admitted, free):
                     sequence.slot = slot
                     running[slot:slot + 1] = [sequence]
-                # With none waiting, the last sequences move there: the batch is always the first slots.
+                if admitted:
+                    sampler.admit(model, admitted, settings)
+                # With none waiting, the last sequences move there: the batch is always the first slots. Only now, since
+                # what was admitted may have had its prefix from one of these.
                 moved = {}
                 for slot in reversed(ended[len(admitted):]):
                     last = running.pop()
@@ -122,8 +125,6 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
                         moved[slot] = running[slot] = last
                 if moved:
                     sampler.move(moved)
-                if admitted:
-                    sampler.admit(model, admitted, settings)
                 ended, sampled = sampler.decode(model, running, settings, usable)
                 for sequence, completion in sampler.collect([running[slot] for slot in ended], settings):
                     completions[sequence.index] = completion
@@ -213,9 +214,7 @@ class Sampler:
                  compile: bool = False):
         self.config, self.slots, self.max_length = config, slots, max_length
         self.device, self.dtype = torch.device(device), dtype
-        # Graphs are never replayed at the same time, so that they may share their memory.
-        on_gpu = self.device.type == "cuda"
-        self.capture = functools.partial(_capture_graph, torch.cuda.graph_pool_handle()) if on_gpu else None
+        self.capture = None
         self.step, self.compiled = self._step, compile
         if compile:
             warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")   # it may
@@ -232,6 +231,8 @@ class Sampler:
         if self.model() is not model:
             self.graphs.clear()
             self.model = weakref.ref(model)   # weak: a gathered copy goes when its rollout ends
+            if self.device.type == "cuda":
+                self.capture = _make_capture()
         if self.cache is None:
             self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
@@ -251,6 +252,7 @@ class Sampler:
     def release(self) -> None:
         """Give all memory back; `prepare` allocates it again."""
         self.graphs.clear()
+        self.model = lambda: None
         self.cache = self.rows = self.lengths = self.tokens = self.keys = self.counts = self.done = None
         self.first = self.sampled = self.logprobs = self.stops = None
 
@@ -373,17 +375,22 @@ class Sampler:
             torch.cuda.synchronize(self.device)
 
 
-def _capture_graph(pool, step: Callable[[], None]) -> Callable[[], None]:
-    """Run the step once, which capturing wants as a warm-up, and return its CUDA graph's replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):   # records without running
-        step()
-    return graph.replay
+def _make_capture() -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A function that runs a step once, which capturing wants as a warm-up, and returns its CUDA graph's replay.
+
+    The graphs of one such function share their memory, as they are never replayed at the same time."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def capture(step):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):   # records without running
+            step()
+        return graph.replay
+    return capture
 
 
 def bucket(number: int, most: int) -> int:

@@ -706,7 +706,8 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
         "tokens_per_second": (s["tokens_on"] + s["tokens_off"]) / (ended - started), "step_seconds": ended - started,
         "rollout_seconds": sampled - started, "reward_seconds": scored - sampled, "update_seconds": ended - scored,
         "prefill_seconds": s["prefill_seconds"], "decode_seconds": s["decode_seconds"],
-        "slot_occupancy": s["sequence_steps"] / s["slot_steps"], "wasted_positions": s["wasted_positions"] / s["positions"],
+        "slot_occupancy": per(s["sequence_steps"], s["slot_steps"]),
+        "wasted_positions": s["wasted_positions"] / s["positions"],
     }, rows
 
 

@@ -224,12 +224,16 @@ def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: flo
     device, dtype = model.device, model.dtype
     length = max(map(len, case.prompts)) + case.max_new_tokens
     sampler = Sampler(model.config, case.slots, length, device, dtype, compile=options.compile)
-    # A few tokens first, and with compiled steps or graphs a whole rollout: a run makes those once.
-    short = replace(case, prompts=case.prompts[:1], max_new_tokens=2)
-    ours(model, case if options.compile or device.type == "cuda" else short, sampler, options.seed)
-    theirs(hf, short, 1)
-    sampler.release()   # so that the first rollout is seen to take the memory
     here, there = Runs(), {at_a_time: Runs() for at_a_time in case.batches}
+    short = replace(case, prompts=case.prompts[:1], max_new_tokens=2)
+    theirs(hf, short, 1)
+    if options.compile or device.type == "cuda":   # a run compiles, or captures its graphs, once
+        warm = Runs()
+        warm.add(lambda: ours(model, case, sampler, options.seed), device)
+        here.memory = warm.memory
+    else:
+        ours(model, short, sampler, options.seed)
+        sampler.release()   # so that the first rollout is seen to take the memory
     sampler.work = Work()
     for repeat in range(options.repeats or (20 if case.name == "embedded" else 1)):
         torch.manual_seed(options.seed + repeat)

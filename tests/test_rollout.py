@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import math
+import random
 import shutil
 import weakref
 
@@ -349,6 +350,33 @@ def test_steps_replayed_from_graphs(slots, check_every, model, monkeypatch):
     other = Transformer(model.config)
     generate(other, PROMPTS, sampler=sampler, **settings)   # graphs refer to the weights they were captured with
     assert all(key[2].temperature == 1.0 for key in sampler.graphs)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_mixture_equals_each_prompt_alone(seed, model, monkeypatch):
+    """Prompts that overlap in every way, one sampler for several rollouts, and every size small so that all of them meet."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(rollout, "SHARE_AT_LEAST", draw.choice([1, 2, 5]))
+    monkeypatch.setattr(rollout, "PREFILL_POSITIONS", draw.choice([1, 20, 4096]))
+    monkeypatch.setattr(rollout, "CHECK_EVERY", draw.choice([1, 4]))
+    sampler = Sampler(model.config, draw.randint(1, 9), 40, "cpu", torch.float32)
+    if seed % 2:
+        sampler.capture = FakeGraphs(sampler)
+    for _ in range(6):
+        stems = [[draw.randrange(V) for _ in range(draw.randint(1, 12))] for _ in range(3)]
+        prompts = []
+        for _ in range(draw.randint(1, 8)):
+            stem = draw.choice(stems + prompts)
+            prompts.append((stem[:draw.randint(1, len(stem))] + [draw.randrange(V) for _ in range(draw.randint(0, 3))])[:28])
+        n = [draw.randint(1, 4) for _ in prompts]
+        settings = dict(max_new_tokens=draw.randint(1, 12), stop_ids=draw.sample(range(V), draw.randint(0, 8)),
+                        temperature=draw.choice([0, 1.0, 0.7]), top_k=draw.choice([0, 0, 5]), seed=draw.randrange(99))
+        completions = iter(generate(model, prompts, n=n, sampler=sampler, **settings))
+        for i, prompt in enumerate(prompts):
+            for wanted in generate(model, [prompt], n=n[i], stream_ids=[i], slots=n[i], **settings):
+                completion = next(completions)
+                assert completion.tokens == wanted.tokens and completion.finished == wanted.finished
+                assert completion.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

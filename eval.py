@@ -72,8 +72,8 @@ def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrati
              seed: int = 0, slots: int = 0, sampler=None, verify_timeout: float = 5.0, progress=None) -> list[dict]:
     """Sample `samples` answers to every problem and score them; the processes share the problems out.
 
-    demonstrations: drawn from for every problem; None asks plainly. slots, sampler, progress: see `generate`. Random numbers depend on (seed, problem, sample)
-    alone, so that two evaluations differ by the model only.
+    demonstrations: drawn from for every problem; None asks plainly. slots, sampler, progress: see `generate`.
+    Random numbers depend on (seed, problem, sample) alone, so that two evaluations differ by the model only.
     Returns on every process one dict a sample, `samples` consecutive ones a problem: id, sample, response, score,
     tokens, finished.
     """

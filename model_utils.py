@@ -170,25 +170,23 @@ def pack_weights(model: "Transformer"):
     few rows of a decode step its kernel needs half the time of the one behind F.linear.
 
     They are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
-    `logits` work. Only the embeddings, where they are the head too, are there twice."""
+    `logits` work. Embeddings that are the head too stay as they are, but go through the same kernel."""
     wanted = (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
               and platform.machine().lower() in ("x86_64", "amd64"))
 
-    def pack(weight):   # small ones gain nothing
-        large = wanted and weight.numel() >= 1 << 17
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32) if large else None
+    def large(weight):   # the others gain nothing
+        return wanted and weight.numel() >= 1 << 17
 
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    linears = [module for module in model.modules() if isinstance(module, Linear) and large(module.weight)]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            if model.config.tie_embeddings:
-                model.packed_head = pack(model.head)
             for module in linears:
-                module.packed = pack(module.weight)
-                if module.packed is not None:
-                    module.weight.data = module.weight.new_empty(0)
-        if not model.config.tie_embeddings:
-            model.packed_head = model.lm_head.packed
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 32)   # for about 32 rows
+                module.weight.data = module.weight.new_empty(0)
+            if not model.config.tie_embeddings:
+                model.packed_head = model.lm_head.packed
+            elif large(model.head):
+                model.packed_head = model.head.detach()
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():

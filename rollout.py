@@ -81,7 +81,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     seed, stream_ids: every random number is a function of (seed, the prompt's stream id, sample, position), so what is
         sampled does not depend on which other prompts, slots or processes there are. stream_ids: one integer per
         prompt, by default its index.
-    slots: sequences sampled at the same time; 0 lets choose_slots choose.
+    slots: sequences sampled at the same time; 0 lets choose_slots choose. It does nothing beside a sampler.
     sampler: slots to use again, rollout after rollout, instead of new ones. A call that fails or is interrupted gives
         their memory back.
     progress: called with the number of sequences that have just ended, and of tokens sampled since the last call.
@@ -89,13 +89,13 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     the numbers.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
-    _check(model.config, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler)
+    _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler)
     if not prompts:
         return []
     if sampler is None:
         longest = max(map(len, prompts)) + max_new_tokens
         slots = slots or choose_slots(model.config, sum(counts), longest, model.device, model.dtype)
-        sampler = Sampler(model.config, slots, longest, model.device, model.dtype)
+        sampler = Sampler(model.config, min(slots, sum(counts)), longest, model.device, model.dtype)
     streams = range(len(prompts)) if stream_ids is None else stream_ids
     keys = [[_stream_key(seed, streams[p], s) for s in range(count)] for p, count in enumerate(counts)]
     settings = _Settings(temperature, top_p, top_k, tuple(stop_ids), max_new_tokens)
@@ -136,7 +136,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     return completions
 
 
-def _check(config, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler):
+def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler):
     for name, value, least in (*(("n", count, 1) for count in counts), ("max_new_tokens", max_new_tokens, 1),
                                ("slots", slots, 0), ("top_k", top_k, 0), ("temperature", temperature, 0)):
         if value < least:
@@ -148,8 +148,10 @@ def _check(config, prompts, counts, max_new_tokens, temperature, top_p, top_k, s
     for name, values in (("n", counts), ("stream_ids", stream_ids)):
         if values is not None and len(values) != len(prompts):
             raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: give one each")
-    if sampler is not None and sampler.config != config:
-        raise ValueError("the sampler was made for a model of another shape")
+    config = model.config
+    if sampler is not None and (sampler.config, sampler.dtype, sampler.device.type) != (
+            config, model.dtype, model.device.type):
+        raise ValueError("the sampler was made for a model of another shape, data type or device")
     whose, positions = "the model's", config.max_position
     if sampler is not None and sampler.max_length < positions:
         whose, positions = "the sampler's", sampler.max_length
@@ -214,7 +216,8 @@ class Sampler:
                  compile: bool = False):
         self.config, self.slots, self.max_length = config, slots, max_length
         self.device, self.dtype = torch.device(device), dtype
-        self.capture = None
+        self.capture = None   # on a GPU, see prepare
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.step, self.compiled = self._step, compile
         if compile:
             warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")   # it may
@@ -227,12 +230,13 @@ class Sampler:
                              f"{free / 1e9:.2f} GB are free: fewer slots, or shorter prompts and responses, would fit")
 
     def prepare(self, model: Transformer, settings: _Settings) -> None:
-        """Allocate what is not yet; forget the graphs of another model, which refer to its weights."""
+        """Allocate what is not yet; forget the graphs of another model, which refer to its weights. A model gathered
+        for every rollout has its graphs captured anew in each: tens of milliseconds for every batch and span met."""
         if self.model() is not model:
             self.graphs.clear()
             self.model = weakref.ref(model)   # weak: a gathered copy goes when its rollout ends
-            if self.device.type == "cuda":
-                self.capture = _make_capture()
+            if self.stream:
+                self.capture = _make_capture(self.stream)
         if self.cache is None:
             self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
@@ -375,11 +379,11 @@ class Sampler:
             torch.cuda.synchronize(self.device)
 
 
-def _make_capture() -> Callable[[Callable[[], None]], Callable[[], None]]:
+def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Callable[[], None]], Callable[[], None]]:
     """A function that runs a step once, which capturing wants as a warm-up, and returns its CUDA graph's replay.
 
     The graphs of one such function share their memory, as they are never replayed at the same time."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    pool = torch.cuda.graph_pool_handle()
 
     def capture(step):
         stream.wait_stream(torch.cuda.current_stream())
@@ -435,7 +439,7 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, u
         ranked, ids = logits.topk(min(top_k, logits.shape[-1])) if top_k else logits.sort(descending=True)
         if top_p < 1:
             probs = ranked.softmax(-1)
-            ranked[probs.cumsum(-1) - probs >= top_p] = -torch.inf   # the likelier tokens alone reach top_p
+            ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)   # the likelier alone reach top_p
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, ranked)
     probs = logits.softmax(-1)                                                                    # [B, V]
     # First the block of the vocabulary, then the token in it: only sums of blocks need to be cumulated in float64. The

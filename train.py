@@ -335,7 +335,14 @@ def make_sampler(options: Options, model: Transformer, held_out: int) -> Sampler
     sequences = max(o.batch_size * (o.n_on + o.n_off), held_out * o.eval_samples if o.eval_every else 0)
     found = choose_slots(model.config, -(-sequences // world_size()), length, model.device, DTYPES[o.dtype])
     o.slots = o.slots or min(gather_objects(found))
-    return Sampler(model.config, o.slots, length, model.device, DTYPES[o.dtype], o.compile)
+    sampler = error = None
+    try:
+        sampler = Sampler(model.config, o.slots, length, model.device, DTYPES[o.dtype], o.compile)
+    except ValueError as caught:   # memory may be short on one process alone: all of them end then
+        error = caught
+    for each in filter(None, gather_objects(error)):
+        raise each
+    return sampler
 
 
 def select_data(options: Options, builder: PromptBuilder, problems: list[Problem], held_out: list[Problem]):
@@ -717,9 +724,9 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
 def held_out_accuracy(run: Run) -> float:
     """Mean score of answers to the held-out problems, asked plainly."""
     o = run.options
-    records = evaluate(gather_model(run.model, DTYPES[o.dtype]), run.builder, run.held_out, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,
-                       temperature=o.eval_temperature, top_p=o.eval_top_p, top_k=o.eval_top_k, seed=o.seed,
-                       sampler=run.sampler, verify_timeout=o.verify_timeout)
+    records = evaluate(gather_model(run.model, DTYPES[o.dtype]), run.builder, run.held_out, samples=o.eval_samples,
+                       max_new_tokens=o.max_new_tokens, temperature=o.eval_temperature, top_p=o.eval_top_p,
+                       top_k=o.eval_top_k, seed=o.seed, sampler=run.sampler, verify_timeout=o.verify_timeout)
     return fmean(record["score"] for record in records)
 
 

@@ -244,7 +244,7 @@ def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: flo
             runs.add(lambda: theirs(hf, case, at_a_time), device)
         bar.update()
     there = max(there.values(), key=lambda runs: runs.tokens_per_second)
-    work, gap = sampler.work, logprob_gap(model, case, sampler, options.seed)
+    work, gap = replace(sampler.work), logprob_gap(model, case, sampler, options.seed)
     steps = work.slot_steps // case.slots
     figures = {"tokens_per_second": here.tokens_per_second, "transformers_tokens_per_second": there.tokens_per_second,
                "ratio": here.tokens_per_second / there.tokens_per_second,
@@ -301,6 +301,9 @@ def main() -> None:
     options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
     device = torch.device("cuda" if options.device == "cuda" or options.device == "auto" and torch.cuda.is_available() else "cpu")
     dtype = DTYPES[options.dtype]
+    if any(slots < 8 or slots % 8 for slots in options.slots):
+        sys.exit(f"benchmarks/rollout.py: error: --slots must be multiples of 8, the responses to a prompt, "
+                 f"not {options.slots}")
     bandwidth, rate = measure_machine(device, dtype)
     try:
         model, tokenizer, hf = load(options, device, dtype)

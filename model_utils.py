@@ -166,32 +166,34 @@ def _linear(x, weight, bias=None, packed=None):
 
 @contextlib.contextmanager
 def pack_weights(model: "Transformer"):
-    """On CPUs in float32, large weights lie in the order in which oneDNN reads them until the `with` block ends; with the
-    few rows of a decode step its kernel needs half the time of the one behind F.linear.
+    """On CPUs in float32, until the `with` block ends, weights go through a kernel of oneDNN, and large ones lie in the order
+    in which it reads them; with the few rows of a decode step it needs half the time of the one behind F.linear.
 
     They are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
-    `logits` work. Embeddings that are the head too stay as they are, but go through the same kernel."""
+    `logits` work. Embeddings that are the head too stay where they are."""
     wanted = (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
               and platform.machine().lower() in ("x86_64", "amd64"))
 
-    def large(weight):   # the others gain nothing
+    def gains(weight):   # the small ones do not
         return wanted and weight.numel() >= 1 << 17
 
-    linears = [module for module in model.modules() if isinstance(module, Linear) and large(module.weight)]
+    linears = [module for module in model.modules() if isinstance(module, Linear) and gains(module.weight)]
     try:
         with torch.inference_mode(False), torch.no_grad():
             for module in linears:
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 32)   # for about 32 rows
-                module.weight.data = module.weight.new_empty(0)
+                module.packed = module.weight.detach()
+                if module.packed.numel() >= 1 << 19:   # to move smaller ones leaves holes in memory and saves little
+                    module.packed = torch.ops.mkldnn._reorder_linear_weight(module.packed, 32)   # for about 32 rows
+                    module.weight.data = module.weight.new_empty(0)
             if not model.config.tie_embeddings:
                 model.packed_head = model.lm_head.packed
-            elif large(model.head):
+            elif gains(model.head):
                 model.packed_head = model.head.detach()
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
             for module in linears:
-                if module.packed is not None:
+                if module.packed is not None and module.packed.is_mkldnn:
                     module.weight.data = module.packed.to_dense()
                 module.packed = None
         model.packed_head = None

@@ -293,7 +293,8 @@ class Sampler:
         self._append(slots, self.first[slots], settings)
         for s in sequences:
             s.count = 1
-        self._synchronise()
+        if self.stream:
+            torch.cuda.synchronize(self.device)
         self.work.prefill_seconds += time.perf_counter() - started
 
     def _prefill(self, model, batch):
@@ -317,8 +318,8 @@ class Sampler:
         span = max(len(s.prompt) + s.count - 1 for s in running) + steps
         if self.capture:
             batch, span = bucket(batch, self.slots), bucket(max(span, 64), self.max_length)
+        key = (batch, span, settings)
         for _ in range(steps):
-            key = (batch, span, settings)
             if not self.capture:
                 self.step(model, *key)
             elif key in self.graphs:
@@ -354,6 +355,7 @@ class Sampler:
         self.done[rows] = done | (tokens[:, None] == self.stops[settings.stop_ids]).any(-1) | (counts == settings.limit)
 
     def collect(self, ended: list[_Sequence], settings: _Settings) -> list[tuple[_Sequence, Completion]]:
+        """The completions of sequences that have ended."""
         if not ended:
             return []
         slots, longest = self._tensor([s.slot for s in ended]), max(s.count for s in ended)
@@ -373,10 +375,6 @@ class Sampler:
 
     def _tensor(self, numbers) -> torch.Tensor:
         return torch.tensor(numbers, device=self.device)
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Callable[[], None]], Callable[[], None]]:

@@ -477,7 +477,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 
 @dataclass
 class Prompts:
-    plain: list[int]              # q
+    plain: list[int]                 # q
     demo_prefixed: list[list[int]]   # [D; q], N_off of them
 
 
@@ -665,13 +665,16 @@ def combine(totals: dict[str, list]) -> dict[str, float]:
 
 
 def follow(say, total: int):
-    """What `generate` calls while it runs: says how many sequences have finished, and the tokens per second."""
-    started, done, tokens = time.perf_counter(), 0, 0
+    """What `generate` calls while it runs: says, ten times a second, how many sequences have finished, and tokens/s."""
+    started = said = time.perf_counter()
+    done = tokens = 0
 
     def progress(ended: int, sampled: int) -> None:
-        nonlocal done, tokens
-        done, tokens = done + ended, tokens + sampled
-        say(f"sampling {done}/{total}, {tokens / (time.perf_counter() - started):,.0f} tokens/s")
+        nonlocal done, tokens, said
+        done, tokens, now = done + ended, tokens + sampled, time.perf_counter()
+        if now - said > 0.1:
+            said = now
+            say(f"sampling {done}/{total}, {tokens / (now - started):,.0f} tokens/s")
     return progress
 
 
@@ -752,7 +755,7 @@ def train(run: Run) -> None:
     barrier()   # every process has read the file before rank 0 adds to it
     with tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method, disable=not is_main()) as bar:
         def say(phase: str) -> None:
-            bar.set_description(f"{o.method}, {phase}", refresh=not phase.startswith("sampling "))
+            bar.set_description(f"{o.method}, {phase}")
 
         for step in range(run.start, o.steps):
             before = {}

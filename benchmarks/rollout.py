@@ -140,7 +140,7 @@ class PeakMemory:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two samplers: each returns the lengths of the responses
+# The two samplers: each returns the responses
 
 def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[list[int]]:
     completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens, stop_ids=case.stop_ids,

@@ -240,15 +240,15 @@ class Sampler:
         if self.cache is None:
             self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
-            self.rows = torch.arange(self.slots, device=self.device)
             self.lengths = zeros(self.slots)                    # positions in the cache
             self.tokens = zeros(self.slots)                     # the last token, not yet in the cache
-            self.keys = zeros(self.slots)                       # of the random numbers
             self.counts = zeros(self.slots)                     # tokens sampled
-            self.done = torch.ones_like(self.keys)              # 1: free, or ended and not yet collected
+            self.done = torch.ones_like(self.counts)            # 1: free, or ended and not yet collected
             self.first = zeros(self.slots, self.config.vocab_size, dtype=self.dtype)   # logits after the prompt
             self.sampled = zeros(self.slots, self.max_length)
             self.logprobs = zeros(self.slots, self.max_length, dtype=torch.float32)
+            self.uniforms = zeros(self.slots, self.max_length, dtype=torch.float64)   # the random numbers of a response
+            self.flat = torch.arange(self.slots, device=self.device) * self.max_length   # where a slot's row begins in these
             self.stops = {}
         if settings.stop_ids not in self.stops:
             self.stops[settings.stop_ids] = torch.tensor(settings.stop_ids, device=self.device, dtype=torch.long)
@@ -257,8 +257,8 @@ class Sampler:
         """Give all memory back; `prepare` allocates it again."""
         self.graphs.clear()
         self.model = lambda: None
-        self.cache = self.rows = self.lengths = self.tokens = self.keys = self.counts = self.done = None
-        self.first = self.sampled = self.logprobs = self.stops = None
+        self.cache = self.lengths = self.tokens = self.counts = self.done = self.first = None
+        self.sampled = self.logprobs = self.uniforms = self.flat = self.stops = None
 
     def admit(self, model: Transformer, sequences: list[_Sequence], settings: _Settings) -> None:
         """Give new sequences their prompt, what a leader has copied and the rest prefilled, and their first token."""
@@ -286,7 +286,8 @@ class Sampler:
                 self._prefill(model, batch)
 
         slots = self._tensor([s.slot for s in sequences])
-        self.keys[slots] = self._tensor([s.key for s in sequences])
+        keys, positions = self._tensor([s.key for s in sequences]), torch.arange(settings.limit, device=self.device)
+        self.uniforms[slots, :settings.limit] = uniform(keys[:, None], positions)
         self.lengths[slots] = self._tensor([len(s.prompt) for s in sequences])
         self.counts[slots] = 0
         self.done[slots] = 0
@@ -339,20 +340,20 @@ class Sampler:
 
     def _step(self, model, batch, span, settings):
         """One token for each of the first `batch` slots. Nothing here waits for the device or depends on its numbers."""
-        rows = self.rows[:batch]
         hidden = model.extend(self.tokens[:batch, None], self.cache, None, self.lengths[:batch], span)   # [B, 1, D]
         self.lengths[:batch] += 1 - self.done[:batch]
-        self._append(rows, model.logits(hidden[:, 0]), settings)
+        self._append(slice(batch), model.logits(hidden[:, 0]), settings)
 
-    def _append(self, rows, logits, settings):
+    def _append(self, slots, logits, settings):
         """Sample a token for these slots [B] from logits [B, V]. One that is done writes behind its end, unseen."""
-        counts, done = self.counts[rows], self.done[rows]
+        done, place = self.done[slots], self.flat[slots] + self.counts[slots]                       # [B]
         tokens, logprobs = sample(logits, settings.temperature, settings.top_p, settings.top_k,
-                                  uniform(self.keys[rows], counts))
-        self.tokens[rows] = self.sampled[rows, counts] = tokens
-        self.logprobs[rows, counts] = logprobs
-        self.counts[rows] = counts = counts + 1 - done
-        self.done[rows] = done | (tokens[:, None] == self.stops[settings.stop_ids]).any(-1) | (counts == settings.limit)
+                                  self.uniforms.view(-1)[place])
+        self.tokens[slots] = self.sampled.view(-1)[place] = tokens
+        self.logprobs.view(-1)[place] = logprobs
+        self.counts[slots] += 1 - done
+        ended = (tokens[:, None] == self.stops[settings.stop_ids]).any(-1) | (self.counts[slots] == settings.limit)
+        self.done[slots] = done | ended
 
     def collect(self, ended: list[_Sequence], settings: _Settings) -> list[tuple[_Sequence, Completion]]:
         """The completions of sequences that have ended."""
@@ -367,7 +368,7 @@ class Sampler:
         """Sequences to the slots given; none of these is where another one comes from."""
         sources, targets = self._tensor([s.slot for s in moved.values()]), self._tensor(list(moved))
         self.cache.copy(sources, targets, max(len(s.prompt) + s.count for s in moved.values()))
-        for state in (self.lengths, self.tokens, self.keys, self.counts, self.done, self.sampled, self.logprobs):
+        for state in (self.lengths, self.tokens, self.counts, self.done, self.sampled, self.logprobs, self.uniforms):
             state[targets] = state[sources]
         self.done[sources] = 1
         for slot, sequence in moved.items():
@@ -481,7 +482,7 @@ def _stream_key(*parts: int) -> int:
 
 
 def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """keys [B] int64, positions [B] int64 -> [B] float64 in [0, 1), 32 random bits each."""
+    """keys and positions int64, of shapes that broadcast -> float64 in [0, 1), 32 random bits each."""
     x = keys + (positions + 1) * _signed(_GOLDEN)
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(_MIX_1)    # the masks make the shifts of signed numbers logical
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(_MIX_2)

@@ -287,12 +287,11 @@ class Runs:
 @torch.no_grad()
 def logprob_gap(model: Transformer, case: Case, sampler: Sampler, seed: int) -> tuple[float, float]:
     """Mean and maximum over tokens of the difference between what the sampler returns and what training computes."""
-    prompts = case.prompts[:4]
-    completions = generate(model, prompts, n=2, max_new_tokens=case.max_new_tokens, stop_ids=case.stop_ids, seed=seed,
-                           sampler=sampler)
+    completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens, stop_ids=case.stop_ids,
+                           seed=seed, sampler=sampler)
     gaps = []
     for i, completion in enumerate(completions):
-        prompt = prompts[i // 2]
+        prompt = case.prompts[i // case.n]
         again = token_logprobs(model, torch.tensor([prompt + completion.tokens], device=model.device))[0, len(prompt) - 1:]
         gaps.append((again.cpu() - torch.tensor(completion.logprobs)).abs())
     gaps = torch.cat(gaps)

@@ -324,7 +324,7 @@ class FakeGraphs:
 
     def addresses(self):
         s = self.sampler
-        state = [s.lengths, s.tokens, s.keys, s.counts, s.done, s.sampled, s.logprobs, *s.stops.values()]
+        state = [s.lengths, s.tokens, s.uniforms, s.counts, s.done, s.sampled, s.logprobs, s.flat, *s.stops.values()]
         return [tensor.data_ptr() for tensor in state + s.cache.keys + s.cache.values]
 
 

@@ -3,12 +3,15 @@
     model, tokenizer = load_model("Qwen/Qwen3-1.7B")          # or any Hugging Face folder
     logits = model(tokens)                                    # [B, T] -> [B, T, V]
     logprobs = token_logprobs(model, tokens)                  # [B, T] -> [B, T-1], never holding [B, T, V]
+    packing = pack(prompts, responses)                        # for training: no padding, and each prompt once
+    logprobs, entropy = response_logprobs(model, packing)     # [B, R] each
     save_model(model, tokenizer, "my-model")                  # transformers and vLLM load it
 
 Parameter names are those of Hugging Face checkpoints, so that reading and writing one renames nothing. The model knows
 nothing of distribution: `shard` applies FSDP2 from outside and `gather_model` undoes it for sampling.
 
-Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads, G = H/K, E head size.
+Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads, G = H/K, E head size;
+of packed sequences N positions, M response tokens, R of these in the longest response.
 """
 
 import contextlib
@@ -20,6 +23,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -210,24 +214,33 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, cache=None):
-        """x [B, T, D] -> [B, T, D]. `cache`: this layer's keys, values and the places in them, see Transformer.extend."""
+    def forward(self, x, cos, sin, context=None):
+        """x [B, T, D] -> [B, T, D]. `context`: None for whole sequences; a Packing; or this layer's keys and values and the
+        places in them, see Transformer.extend."""
         c, (B, T, _) = self.config, x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, c.num_heads, c.head_dim)).transpose(1, 2)       # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, c.num_kv_heads, c.head_dim)).transpose(1, 2)    # [B, K, T, E]
         v = self.v_proj(x).view(B, T, c.num_kv_heads, c.head_dim).transpose(1, 2)                 # [B, K, T, E]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        bias = None
-        if cache is not None:
-            keys, values, written, read, bias = cache                                             # [slots, K, S, E]
+        causal = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=c.num_kv_heads < c.num_heads)
+        if context is None:   # whole sequences, padded on the right: causal attention never looks at the padding
+            out = causal(q, k, v).transpose(1, 2)                                                 # [B, T, H, E]
+        elif isinstance(context, Packing):
+            outs = []
+            for rows in context.buckets:                                                          # [b, t]
+                laid_out = (x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+                            for x in (q, k, v))                                                   # [b, H or K, t, E]
+                outs.append(causal(*laid_out).transpose(1, 2).flatten(0, 1))                      # [b·t, H, E]
+            out = torch.cat(outs).index_select(0, context.sources)                                # [T, H, E]
+        else:
+            keys, values, written, read, bias = context                                           # [slots, K, S, E]
             keys[written], values[written] = k.transpose(1, 2), v.transpose(1, 2)
-        if bias is None:   # whole sequences, padded on the right: causal attention never looks at the padding
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.num_kv_heads < c.num_heads)
-            out = out.transpose(1, 2)                                                             # [B, T, H, E]
-        else:   # new positions and what the cache held: the G query heads of a group ask the same keys, as queries of one
-            q = q.reshape(B, c.num_kv_heads, -1, c.head_dim)                                      # [B, K, G·T, E]
-            out = F.scaled_dot_product_attention(q, keys[read], values[read], attn_mask=bias)     # [B, K, span, E] read
-            out = out.view(B, c.num_heads, T, c.head_dim).transpose(1, 2)
+            if bias is None:
+                out = causal(q, k, v).transpose(1, 2)
+            else:   # new positions and what the cache held: the G query heads of a group ask the same keys, as one's queries
+                q = q.reshape(B, c.num_kv_heads, -1, c.head_dim)                                  # [B, K, G·T, E]
+                out = F.scaled_dot_product_attention(q, keys[read], values[read], attn_mask=bias)   # [B, K, span, E] read
+                out = out.view(B, c.num_heads, T, c.head_dim).transpose(1, 2)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -250,8 +263,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, context=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -295,12 +308,18 @@ class Transformer(nn.Module):
         - forward(tokens): [B, T] int64 -> logits [B, T, V].
         - forward(tokens, targets): -> (log π(target | tokens up to it), entropy in nats), both [B, T] float32,
           0 where `mask` [B, T] is False; see `token_logprobs`.
+        - forward(packing): -> the same, both [M], of the response tokens in the order of the rows.
         """
+        if isinstance(tokens, Packing):
+            hidden = self._hidden(tokens.tokens, tokens.positions, [tokens] * self.config.num_layers)[0]   # [N, D]
+            return _chunked_logprobs(hidden.index_select(0, tokens.predicting), self.head, tokens.targets, temperature,
+                                     chunk_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]                     # [1, T]
         x = self._hidden(tokens, positions, [None] * self.config.num_layers)
         if targets is None:
             return self.logits(x)
-        return _chunked_logprobs(x, self.head, targets, mask, temperature, chunk_size)
+        mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
+        return _spread_out(mask, *_chunked_logprobs(x[mask], self.head, targets[mask], temperature, chunk_size))
 
     def extend(self, tokens, cache: KVCache, slots=None, starts=None, span: int | None = None) -> torch.Tensor:
         """The pass that samples: append tokens [B, T] to slots of the cache, and return the hidden states after them,
@@ -327,14 +346,14 @@ class Transformer(nn.Module):
         return self._hidden(tokens, positions, [(keys, values, written, read, bias)
                                                 for keys, values in zip(cache.keys, cache.values)])
 
-    def _hidden(self, tokens, positions, caches):
-        """tokens [B, T], positions [B or 1, T] -> hidden states after the last norm [B, T, D]."""
+    def _hidden(self, tokens, positions, contexts):
+        """tokens [B, T], positions [B or 1, T], what each layer attends in -> hidden states after the last norm [B, T, D]."""
         x = self.model.embed_tokens(tokens)                                                       # [B, T, D]
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)            # [B or 1, 1, T, E/2]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)                  # [B or 1, 1, T, E]
-        for block, cache in zip(self.model.layers, caches):
-            x = block(x, cos, sin, cache)
+        for block, context in zip(self.model.layers, contexts):
+            x = block(x, cos, sin, context)
         return self.model.norm(x)
 
 
@@ -348,16 +367,17 @@ def _chunk_logprobs(hidden, head, targets, temperature):
     return logprobs, entropy
 
 
-def _chunked_logprobs(hidden, head, targets, mask, temperature, chunk_size):
+def _chunked_logprobs(hidden, head, targets, temperature, chunk_size):
     """Only a chunk of logits exists at a time, in the backward pass too: each chunk is recomputed there."""
-    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
-    hidden, picked = hidden[mask], targets[mask]                                                  # [N, D], [N]
-    chunk_size = max(1, min(chunk_size, -(-len(picked) // 4)))   # in a small batch too, never all logits at once
+    chunk_size = max(1, min(chunk_size, -(-len(targets) // 4)))   # in a small batch too, never all logits at once
     pieces = [checkpoint(_chunk_logprobs, h, head, t, temperature, use_reentrant=False)
-              for h, t in zip(hidden.split(chunk_size), picked.split(chunk_size))]
-    logprobs, entropies = (torch.cat(piece) for piece in zip(*pieces))
-    zeros = logprobs.new_zeros(targets.shape)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+              for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))]
+    return tuple(torch.cat(piece) for piece in zip(*pieces))                                      # [N] each
+
+
+def _spread_out(mask, *flat):
+    """Values in the order of the True places of mask [B, T] -> [B, T] each, 0 elsewhere."""
+    return tuple(each.new_zeros(mask.shape).masked_scatter(mask, each) for each in flat)
 
 
 def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float = 1.0, mask: torch.Tensor | None = None,
@@ -376,6 +396,65 @@ def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float 
     logprobs, entropy = model(tokens[:, :-1], tokens[:, 1:], temperature=temperature,
                               mask=mask, chunk_size=chunk_size)
     return (logprobs, entropy) if return_entropy else logprobs
+
+
+class Packing(NamedTuple):
+    """Rows of prompt and response in which what several rows begin with is there once. Everything but attention sees the
+    N distinct positions one behind the other; attention sees rows, in buckets of like length. M, R: response tokens of all
+    rows, and of the longest."""
+    tokens: torch.Tensor          # [1, N]
+    positions: torch.Tensor       # [1, N], of each in its row
+    buckets: list[torch.Tensor]   # [b, t] each: which of the N stands at each place of these rows; padding is any
+    sources: torch.Tensor         # [N]: the place in the buckets, one behind the other, whose attention each takes
+    predicting: torch.Tensor      # [M]: which of the N predicts each response token
+    targets: torch.Tensor         # [M]: the response tokens, in the order of the rows
+    mask: torch.Tensor            # [B, R] bool: where they are in the responses
+    padding: int                  # places of the buckets that are padding
+    shared: int                   # positions that need not be computed, since an earlier row has them
+
+
+def pack(prompts: list[list[int]], responses: list[list[int]], device="cpu") -> Packing:
+    """Lay out sequences for training: rows that follow one another and have the same prompt share its positions.
+
+    The last token of a response is predicted, but predicts nothing, so it has no position. Raises ValueError for an empty
+    prompt or response."""
+    tokens, positions, rows, predicting, prompt, first = [], [], [], [], None, 0
+    for i, (new, response) in enumerate(zip(prompts, responses, strict=True)):
+        if not len(new) or not len(response):
+            raise ValueError(f"row {i} has a prompt of {len(new)} tokens and a response of {len(response)}: both need one")
+        if new != prompt:
+            prompt, first = new, len(tokens)
+            tokens += prompt
+            positions += range(len(prompt))
+        start = len(tokens)
+        tokens += response[:-1]
+        positions += range(len(prompt), len(prompt) + len(response) - 1)
+        rows.append([*range(first, first + len(prompt)), *range(start, len(tokens))])
+        predicting += rows[-1][len(prompt) - 1:]
+    buckets, sources, places = [], [0] * len(tokens), 0
+    for row in sorted(rows, key=len, reverse=True):
+        if not buckets or len(row) < 0.75 * len(buckets[-1][0]):
+            buckets.append([])
+        width = len(buckets[-1][0]) if buckets[-1] else len(row)
+        for place, index in enumerate(row, places):
+            sources[index] = place
+        buckets[-1].append(row + [row[-1]] * (width - len(row)))
+        places += width
+    tensor = functools.partial(torch.tensor, device=device)
+    lengths = tensor([len(response) for response in responses])
+    return Packing(tensor([tokens]), tensor([positions]), [tensor(bucket) for bucket in buckets], tensor(sources),
+                   tensor(predicting), tensor([token for response in responses for token in response]),
+                   torch.arange(lengths.max(), device=device) < lengths[:, None],
+                   places - sum(map(len, rows)), sum(map(len, rows)) - len(tokens))
+
+
+def response_logprobs(model: Transformer, packing: Packing, temperature: float = 1.0, chunk_size: int = 1024):
+    """log π(response token | prompt, response before it), with gradient, and the entropy of each of these distributions
+    (nats, detached): both [B, R] float32, 0 behind a response. What token_logprobs computes, but for rounding.
+
+    temperature: that of the distribution sampled from, above 0. chunk_size: positions whose logits exist at the same time.
+    """
+    return _spread_out(packing.mask, *model(packing, temperature=temperature, chunk_size=chunk_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,7 +670,7 @@ def gather_model(model: Transformer, dtype: torch.dtype) -> Transformer:
         return model
     with torch.device("meta"):
         whole = Transformer(model.config)
-    whole.load_state_dict({name: full_tensor(parameter.detach()).to(dtype)
+    whole.load_state_dict({name: full_tensor(parameter.detach().to(dtype))   # cast first: what travels is half as much
                            for name, parameter in model.named_parameters()}, assign=True)
     whole.hf_config, whole.generation_config, whole.stop_ids = model.hf_config, model.generation_config, model.stop_ids
     return whole.requires_grad_(False)

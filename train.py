@@ -42,8 +42,8 @@ from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_probl
 from eval import DTYPES, did_you_mean, embedded, evaluate, make_parser, option, parse
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
-from model_utils import (Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
-                         load_model, rank, save_model, shard, token_logprobs, world_size)
+from model_utils import (Packing, Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
+                         load_model, pack, rank, response_logprobs, save_model, shard, world_size)
 from reward import score
 from rollout import Sampler, Work, choose_slots, generate, spread
 
@@ -129,7 +129,7 @@ class Options:
     steps: int = option(60, "training steps")
     batch_size: int = option(16, "questions a step, over all processes")
     mini_batch_size: int = option(0, "questions an optimiser update; 0 is the whole batch")
-    micro_batch_size: int = option(32, "sequences that a process puts through the model at the same time")
+    micro_batch_tokens: int = option(4096, "tokens, prompts included, that a process puts through the model at the same time")
     learning_rate: float = option(5e-5, "of AdamW, constant")
     weight_decay: float = option(0.01, "of AdamW")
     grad_clip: float = option(1.0, "largest gradient norm")
@@ -156,7 +156,7 @@ class Options:
 
 # Options that a resumed run may change: beyond rounding they move no number of the steps still to come.
 FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "slots",
-                  "compile", "micro_batch_size", "eval_every"}
+                  "compile", "micro_batch_tokens", "eval_every"}
 
 
 def parse_options(arguments: list[str], saved: dict | None = None) -> Options:
@@ -195,7 +195,7 @@ def resolve(options: Options) -> Options:
             setattr(o, name, value)
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
-    for name in ("n_on", "steps", "batch_size", "mini_batch_size", "micro_batch_size", "max_new_tokens",
+    for name in ("n_on", "steps", "batch_size", "mini_batch_size", "max_new_tokens",
                  "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps"):
         _require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
     for name in ("n_off", "slots", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every", "log_questions",
@@ -215,6 +215,8 @@ def resolve(options: Options) -> Options:
              "responses of a data set have no known behaviour policy: give --off-policy-denominator one")
     _require(o.off_policy != "dataset" or o.n_off == 1, f"a problem has one expert response: --n-off must be 1, "
              f"not {o.n_off}")
+    _require(o.micro_batch_tokens >= o.max_prompt_length + o.max_new_tokens, f"--micro-batch-tokens {o.micro_batch_tokens} does "
+             f"not hold one sequence of --max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens}")
     _require(o.old_logprobs == "recompute" or (o.top_p == 1 and o.top_k == 0), "with --top-p or --top-k the sampler's "
              "log-probabilities are not those of the policy in the objective: give --old-logprobs recompute")
     _require(o.batch_size % o.mini_batch_size == 0, f"a batch of {o.batch_size} questions does not divide into "
@@ -291,7 +293,7 @@ def prepare(arguments: list[str]) -> Run:
     if saved is not None:
         options = parse_options(arguments, saved)
     options = resolve(options)
-    free = FREE_ON_RESUME - ({"micro_batch_size"} if options.normalizer == "micro-batch" else set())
+    free = FREE_ON_RESUME - ({"micro_batch_tokens"} if options.normalizer == "micro-batch" else set())
     for name, value in (saved or {}).items():
         _require(name in free or getattr(options, name) == value, f"{folder} was run with {name}: {value}, "
                  f"not {getattr(options, name)}; leave the option out, or start another run")
@@ -554,31 +556,30 @@ def mix(run: Run, rows: list[Response], step: int) -> float:
     return bonus
 
 
-def micro_batches(rows: list[Response], size: int) -> list[list[Response]]:
-    """Rows of like length together, so that little is padding. Every process gets the same number of micro-batches, as
-    FSDP's collectives want; the last of some may be empty."""
-    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.tokens))
-    parts = [rows[i:i + size] for i in range(0, len(rows), size)]
+def micro_batches(rows: list[Response], budget: int, behaviour: bool = False) -> list[list[Response]]:
+    """Rows of at most `budget` tokens together; a question's stay together where they can, since they share its positions.
+    Every process gets the same number of micro-batches, as FSDP's collectives want; the last of some may be empty."""
+    parts, room = [], 0
+    for row in sorted(rows, key=lambda row: (row.slot, row.off_policy)):
+        length = len(row.behaviour_prompt if behaviour else row.prompt) + len(row.tokens)
+        if not parts or length > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(row)
+        room -= length
     return parts + [[]] * (max(gather_objects(len(parts))) - len(parts))
 
 
-def collate(rows: list[Response], device, behaviour: bool = False):
-    """tokens [B, T]; and on the T-1 places of next tokens: mask, True on those of the response, and old_logprobs.
+def collate(rows: list[Response], device, behaviour: bool = False) -> tuple[Packing, torch.Tensor, torch.Tensor]:
+    """The rows, packed; their mask and old_logprobs, both [B, R].
 
-    behaviour: after the prompts that sampled, instead of the plain questions. No rows give one of padding alone."""
-    prompts = [row.behaviour_prompt if behaviour else row.prompt for row in rows] or [[0, 0]]
-    responses = [row.tokens for row in rows] or [[]]
-    width = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width - 1, dtype=torch.bool)
-    old_logprobs = torch.zeros(len(prompts), width - 1)
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        end = len(prompt) + len(response)
-        tokens[i, :end] = torch.tensor(prompt + response)
-        mask[i, len(prompt) - 1:end - 1] = True
-        if rows:
-            old_logprobs[i, len(prompt) - 1:end - 1] = torch.tensor(rows[i].old_logprobs)
-    return tokens.to(device), mask.to(device), old_logprobs.to(device)
+    behaviour: after the prompts that sampled, instead of the plain questions. No rows give one that counts for nothing."""
+    packing = pack([row.behaviour_prompt if behaviour else row.prompt for row in rows] or [[0]],
+                   [row.tokens for row in rows] or [[0]], device)
+    if not rows:
+        return packing, torch.zeros_like(packing.mask), torch.zeros(packing.mask.shape, device=device)
+    old_logprobs = torch.tensor([logprob for row in rows for logprob in row.old_logprobs], device=device)
+    return packing, packing.mask, torch.zeros(packing.mask.shape, device=device).masked_scatter(packing.mask, old_logprobs)
 
 
 @torch.no_grad()
@@ -587,9 +588,9 @@ def recompute_logprobs(run: Run, rows: list[Response]) -> float:
     Returns the largest difference to the sampler's, over all processes."""
     gap = 0.0
     rows = [row for row in rows if not (row.off_policy and run.options.off_policy == "dataset")]
-    for micro in micro_batches(rows, run.options.micro_batch_size):
-        tokens, mask, _ = collate(micro, run.device, behaviour=True)
-        logprobs = token_logprobs(run.model, tokens, run.options.temperature, mask)
+    for micro in micro_batches(rows, run.options.micro_batch_tokens, behaviour=True):
+        packing, mask, _ = collate(micro, run.device, behaviour=True)
+        logprobs, _ = response_logprobs(run.model, packing, run.options.temperature)
         for i, row in enumerate(micro):
             again = logprobs[i, mask[i]].tolist()
             gap = max(gap, *(abs(new - old) for new, old in zip(again, row.old_logprobs)))
@@ -603,21 +604,22 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, lis
     Returns sums and maxima over this process's rows, for `combine`."""
     o = run.options
     kept = [row for row in rows if row.keep]
-    micros = micro_batches(kept, o.micro_batch_size)
+    micros = micro_batches(kept, o.micro_batch_tokens)
     Z = sum(gather_objects(sum(len(row.tokens) for row in kept)))
     parts = sum(gather_objects(sum(1 for micro in micros if micro)))
     totals = {name: [0.0, "sum"] for name in ("policy_loss", "kl", "clip_fraction", "clip_fraction_off",
-                                              "off_policy_share", "entropy_sum", "entropy_tokens")}
+                                              "off_policy_share", "entropy_sum", "entropy_tokens",
+                                              "places", "padding", "shared")}
     totals |= {"ratio_max": [0.0, "max"], "logprob_gap": [0.0, "max"]}
     for micro in micros:
-        tokens, mask, old_logprobs = collate(micro, run.device)
+        packing, mask, old_logprobs = collate(micro, run.device)
         off_policy = torch.tensor([row.off_policy for row in micro] or [False], device=run.device)
         advantages = torch.tensor([row.advantage for row in micro] or [0.0], device=run.device)
-        logprobs, entropy = token_logprobs(run.model, tokens, o.temperature, mask, return_entropy=True)
+        logprobs, entropy = response_logprobs(run.model, packing, o.temperature)
         ref_logprobs = None
         if run.reference is not None:
             with torch.no_grad():
-                ref_logprobs = token_logprobs(run.reference, tokens, o.temperature, mask)
+                ref_logprobs, _ = response_logprobs(run.reference, packing, o.temperature)
         loss, metrics = icpo_loss(
             logprobs, old_logprobs, advantages, mask, off_policy, clip_low=o.clip_low, clip_high=o.clip_high,
             shaping_lambda=o.shaping_lambda if o.shaping else None, off_policy_denominator=o.off_policy_denominator,
@@ -634,6 +636,9 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, lis
                 totals[name][0] += value.item() * share
         totals["entropy_sum"][0] += (entropy * on_policy).sum().item()
         totals["entropy_tokens"][0] += on_policy.sum().item()
+        for name, value in (("places", sum(bucket.numel() for bucket in packing.buckets)), ("padding", packing.padding),
+                            ("shared", packing.shared)):
+            totals[name][0] += value
         if sampled_by_it:
             gap = ((logprobs.detach() - old_logprobs).abs() * on_policy).max().item()
             totals["logprob_gap"][0] = max(totals["logprob_gap"][0], gap)
@@ -718,6 +723,8 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
         "prefill_seconds": s["prefill_seconds"], "decode_seconds": s["decode_seconds"],
         "slot_occupancy": per(s["sequence_steps"], s["slot_steps"]),
         "wasted_positions": s["wasted_positions"] / s["positions"],
+        "padding_share": mean["padding"] / mean["places"],
+        "shared_share": mean["shared"] / (mean["places"] - mean["padding"]),
     }, rows
 
 

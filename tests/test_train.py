@@ -67,7 +67,7 @@ def whole_run(tmp_path_factory):
 ], ids=" ".join)
 def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     """Against a loop over single rows without padding, from full logits, (RATIO), f, (CLIP), KL and Z written out."""
-    run = prepare(tmp_path / "run", "--micro-batch-size", 5, *settings)
+    run = prepare(tmp_path / "run", "--max-prompt-length", 152, "--micro-batch-tokens", 200, *settings)
     o = run.options
     rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
     trainer.mix(run, rows, 0)
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
 
     loss = torch.zeros(())
     kept = [row for row in rows if row.keep]
-    parts = [kept] if o.normalizer == "batch" else trainer.micro_batches(kept, 5)
+    parts = [kept] if o.normalizer == "batch" else trainer.micro_batches(kept, 200)
     for part in parts:
         Z = sum(len(row.tokens) for row in part) * len(parts)
         for row in part:
@@ -119,7 +119,7 @@ def test_two_processes_make_the_same_run(whole_run, tmp_path, settings):
     if settings:
         whole_run = tmp_path / "one"
         trainer.train(prepare(whole_run, *settings))
-    torchrun(*SMALL, *settings, "--output-dir", tmp_path / "two", "--micro-batch-size", 3 if not settings else 1,
+    torchrun(*SMALL, *settings, "--output-dir", tmp_path / "two", "--micro-batch-tokens", 560 if not settings else 1000,
              "--slots", 7, processes=2)
     for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()

@@ -646,19 +646,44 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def shard(model: Transformer, compute_dtype: torch.dtype) -> Transformer:
-    """FSDP2: parameters, gradients and optimiser state split over all processes, block by block.
+def shard(model: Transformer, compute_dtype: torch.dtype, shard_size: int = 0, offload: bool = False) -> Transformer:
+    """FSDP2: parameters, gradients and optimiser state split over the processes, block by block.
 
-    Float32 master weights; forward and backward in `compute_dtype`; gradients averaged over the processes in float32.
-    Needs a process group, of whatever size.
+    Float32 master weights; forward and backward in `compute_dtype`; gradients averaged over all processes in float32.
+    shard_size: processes that share one copy of the weights, 0 for all of them. With fewer (HSDP) there are several copies
+        and only gradients cross between them: give the GPUs of a node, where the network between nodes is slow.
+    offload: parameters wait in the CPU's memory and come to the GPU a block at a time.
+    Needs a process group, of whatever size. Raises ValueError for a shard_size that does not divide the processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(model.device.type, (world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    size = shard_size or world_size()
+    if world_size() % size:
+        raise ValueError(f"{world_size()} processes cannot share copies of the weights among {size} each: shard_size must "
+                         f"divide their number")
+    shape, names = ((size,), ("shard",)) if size == world_size() else ((world_size() // size, size), ("replicate", "shard"))
+    settings = dict(mesh=init_device_mesh(model.device.type, shape, mesh_dim_names=names),
+                    mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+                    offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **settings)
+    return fully_shard(model, **settings)
+
+
+def wrap_blocks(model: Transformer, recompute: bool, compile: bool) -> None:
+    """From outside, for the pass that trains alone: keep only the input of each block and compute the rest again in the
+    backward pass (activation checkpointing), and put each block through torch.compile."""
+    for block in model.model.layers:
+        plain = trained = block.forward
+        if compile:
+            trained = torch.compile(trained, dynamic=True)
+        if recompute:
+            trained = functools.partial(checkpoint, trained, use_reentrant=False)
+        block.forward = functools.partial(_with_gradient_or_not, trained, plain)
+
+
+def _with_gradient_or_not(trained, plain, *arguments):
+    return (trained if torch.is_grad_enabled() else plain)(*arguments)
 
 
 def gather_model(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -16,15 +16,21 @@ Every random choice is a function of (seed, step, question), never of a process 
 1 and 2 processes make the same update, and why a resumed run needs no saved random state.
 """
 
+import contextlib
 import copy
+import fcntl
 import functools
 import itertools
 import json
+import math
+import os
 import random
 import shutil
+import signal
 import sys
 import time
 import warnings
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +40,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from curves import draw
@@ -43,7 +51,8 @@ from eval import DTYPES, did_you_mean, embedded, evaluate, make_parser, option, 
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
 from model_utils import (Packing, Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
-                         load_model, pack, rank, response_logprobs, save_model, shard, world_size)
+                         load_model, pack, rank, response_logprobs, save_model, shard, world_size,
+                         wrap_blocks)
 from reward import score
 from rollout import Sampler, Work, choose_slots, generate, spread
 
@@ -129,10 +138,20 @@ class Options:
     steps: int = option(60, "training steps")
     batch_size: int = option(16, "questions a step, over all processes")
     mini_batch_size: int = option(0, "questions an optimiser update; 0 is the whole batch")
+    shard_size: int = option(0, "processes that share one copy of the weights; 0 is all of them, the GPUs of a node keep "
+                             "them off the network between nodes (HSDP)")
     micro_batch_tokens: int = option(4096, "tokens, prompts included, that a process puts through the model at the same time")
     learning_rate: float = option(5e-5, "of AdamW, constant")
     weight_decay: float = option(0.01, "of AdamW")
     grad_clip: float = option(1.0, "largest gradient norm")
+    recompute_activations: bool = option(False, "keep only the inputs of the blocks and compute the rest again in the "
+                                         "backward pass (activation checkpointing): less memory, a third slower")
+    compile_blocks: bool = option(False, "put the blocks through torch.compile for the pass that trains")
+    optimizer_state: Literal["float32", "bfloat16", "cpu"] = option(
+        "float32", "AdamW's two moments: as they are, in half the memory, or in the CPU's memory (for small GPUs)")
+    offload_reference: bool = option(False, "keep the initial model of the KL term in the CPU's memory (for small GPUs)")
+    max_skipped: int = option(3, "stop after so many steps in a row whose loss or gradient is not finite; such a step "
+                              "leaves the weights alone and its batch in skipped-step-N.jsonl")
 
     # Evaluation on held-out problems
     eval_every: int = option(5, "evaluate every so many steps, before the first and after the last; 0 is never")
@@ -156,7 +175,8 @@ class Options:
 
 # Options that a resumed run may change: beyond rounding they move no number of the steps still to come.
 FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "slots",
-                  "compile", "micro_batch_tokens", "eval_every"}
+                  "compile", "micro_batch_tokens", "eval_every", "shard_size", "recompute_activations", "compile_blocks",
+                  "offload_reference", "max_skipped"}
 
 
 def parse_options(arguments: list[str], saved: dict | None = None) -> Options:
@@ -196,9 +216,9 @@ def resolve(options: Options) -> Options:
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
     for name in ("n_on", "steps", "batch_size", "mini_batch_size", "max_new_tokens",
-                 "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps"):
+                 "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps", "max_skipped"):
         _require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
-    for name in ("n_off", "slots", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every", "log_questions",
+    for name in ("n_off", "slots", "shard_size", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every", "log_questions",
                  "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k", "eval_temperature"):
         _require(getattr(o, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(o, name)}")
     for name in ("learning_rate", "grad_clip", "temperature", "verify_timeout", "shaping_lambda"):
@@ -248,6 +268,7 @@ class Run:
     demonstrations: Demonstrations | None
     sampler: Sampler
     start: int = 0                      # steps already made
+    stop: signal.Signals | None = None  # received: this step is the last one
 
 
 def on_main(function):
@@ -288,7 +309,12 @@ def choose_folder(options: Options) -> tuple[Path, dict | None]:
 def prepare(arguments: list[str]) -> Run:
     """Everything that may be wrong with options, data or model comes out here, as a ValueError, before any training."""
     options = parse_options(arguments)
-    device = init_distributed(options.device, needed=options.dtype != "float32")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun --max-restarts, after a process has died
+        options.resume = True
+    device = init_distributed(options.device, needed=options.dtype != "float32" or options.offload_reference)
+    for name, on in (("--offload-reference true", options.offload_reference),
+                     ("--optimizer-state cpu", options.optimizer_state == "cpu")):
+        _require(not on or device.type == "cuda", f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
     folder, saved = on_main(lambda: choose_folder(options))
     if saved is not None:
         options = parse_options(arguments, saved)
@@ -318,11 +344,17 @@ def prepare(arguments: list[str]) -> Run:
     if options.kl_coef:
         reference = copy.deepcopy(model).requires_grad_(False)
     if dist.is_initialized():
-        for each in filter(None, (model, reference)):
-            shard(each, DTYPES[options.dtype])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        shard(model, DTYPES[options.dtype], options.shard_size)
+        if reference is not None:
+            shard(reference, DTYPES[options.dtype], options.shard_size, options.offload_reference)
+    if options.recompute_activations or options.compile_blocks:
+        wrap_blocks(model, options.recompute_activations, options.compile_blocks)
+    optimizer = AdamW(model.parameters(), options.optimizer_state, lr=options.learning_rate, weight_decay=options.weight_decay)
     sampler = make_sampler(options, model, len(held_out))
     run = Run(options, folder, device, model, reference, optimizer, builder, problems, held_out, demonstrations, sampler)
+    lock = on_main(lambda: lock_folder(folder))
+    if lock is not None and is_main():
+        weakref.finalize(run, os.close, lock)
     if saved is not None:
         run.start = load_checkpoint(run)
         _require(run.start <= options.steps, f"{folder} has made {run.start} steps already, more than --steps "
@@ -393,19 +425,95 @@ def expert_tokens(builder: PromptBuilder, problem: Problem) -> list[int]:
     return builder.tokenizer.encode(problem.expert_response, add_special_tokens=False) + [builder.tokenizer.eos_token_id]
 
 
+def lock_folder(folder: Path) -> int | None:
+    """Hold the run's folder until this process ends, however it ends. Raises ValueError if another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{folder} is in use: another process is training there now") from None
+    except OSError:   # not every network file system can
+        os.close(lock)
+        return None
+    return lock
+
+
 def write_settings(run: Run) -> None:
     """config.yaml, and the metrics and samples of the steps made so far, without those after the checkpoint."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(run.options).items() if name not in ("resume", "output_dir")}
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    replace_file(run.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = run.folder / name
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
         # A kill may have cut the last line short; it is of a step after the checkpoint, as the others dropped here.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start]
-        aside = run.folder / f".{name}.partial"
-        aside.write_text("".join(kept))
-        aside.replace(file)
+        replace_file(file, "".join(kept))
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Whatever happens meanwhile, the file is the old one or the new one."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimiser
+
+class AdamW(torch.optim.AdamW):
+    """AdamW whose moments may rest in bfloat16 or in the CPU's memory, and come to their parameter, in float32, for its
+    update alone.
+
+    The second moment changes by a thousandth a step, which rounding to the nearest bfloat16 would always undo; so it is
+    rounded up or down at random, such that the mean is right. The random numbers are a function of step and parameter."""
+
+    def __init__(self, parameters, rest: str = "float32", **settings):
+        super().__init__(parameters, **settings)
+        self.rest = rest
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.rest == "float32":
+            return super().step(closure)
+        group, = self.param_groups
+        parameters = group["params"]
+        try:
+            for index, parameter in enumerate(parameters):
+                state = self.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in state:
+                        state[name] = state[name].to(device=parameter.device, dtype=torch.float32)
+                group["params"] = [parameter]
+                super().step()
+                self.put_away(state, index)
+        finally:
+            group["params"] = parameters
+
+    def put_away(self, state: dict, index: int) -> None:
+        if self.rest == "cpu":
+            state |= {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq") if name in state}
+        elif self.rest == "bfloat16" and "exp_avg" in state:
+            seed = int(state["step"]) << 32 | index
+            state |= {"exp_avg": state["exp_avg"].bfloat16(), "exp_avg_sq": round_at_random(state["exp_avg_sq"], seed)}
+
+    def put_all_away(self) -> None:
+        """After a checkpoint has been read, which brings all of them to their parameters."""
+        for index, parameter in enumerate(self.param_groups[0]["params"]):
+            self.put_away(self.state[parameter], index)
+
+
+def round_at_random(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """float32 -> bfloat16, up or down with the probabilities that keep the mean. `x` may be sharded."""
+    local = x.to_local() if isinstance(x, DTensor) else x
+    if local.dtype == torch.float32:
+        generator = torch.Generator(local.device).manual_seed(seed)
+        noise = torch.randint(1 << 16, local.shape, generator=generator, device=local.device, dtype=torch.int32)
+        local = ((local.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+    if isinstance(x, DTensor):
+        return DTensor.from_local(local, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+    return local
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,6 +551,7 @@ def load_checkpoint(run: Run) -> int:
     model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)
     set_state_dict(run.model, run.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    run.optimizer.put_all_away()
     return int(newest.name.removeprefix("step-"))
 
 
@@ -598,10 +707,11 @@ def recompute_logprobs(run: Run, rows: list[Response]) -> float:
     return max(gather_objects(gap))
 
 
-def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, list]:
+def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, float]:
     """Step 4 for one mini-batch: (ICPO), its gradient, and an optimiser step. `sampled_by_it`: θ is still θ_old.
 
-    Returns sums and maxima over this process's rows, for `combine`."""
+    A loss or gradient that is not finite leaves the weights as they are and counts as skipped. Returns sums and maxima
+    over all processes."""
     o = run.options
     kept = [row for row in rows if row.keep]
     micros = micro_batches(kept, o.micro_batch_tokens)
@@ -643,10 +753,13 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, lis
             gap = ((logprobs.detach() - old_logprobs).abs() * on_policy).max().item()
             totals["logprob_gap"][0] = max(totals["logprob_gap"][0], gap)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), o.grad_clip,
-                                                      error_if_nonfinite=True)).item()
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+                                                      error_if_nonfinite=False)).item()
     totals["grad_norm"] = [norm, "max"]   # the same on every process
+    totals = combine(totals)
+    totals["skipped"] = not math.isfinite(totals["policy_loss"] + totals["grad_norm"])
+    if not totals["skipped"]:
+        run.optimizer.step()
+    run.optimizer.zero_grad()
     return totals
 
 
@@ -699,7 +812,7 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
     scored = time.perf_counter()
     say("updating")
     gap = recompute_logprobs(run, rows) if o.old_logprobs == "recompute" else None
-    updates = [combine(update(run, [row for row in rows if row.slot // size == part], sampled_by_it=part == 0))
+    updates = [update(run, [row for row in rows if row.slot // size == part], sampled_by_it=part == 0)
                for part in range(o.batch_size // size)]
     ended = time.perf_counter()
 
@@ -724,6 +837,7 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
         "slot_occupancy": per(s["sequence_steps"], s["slot_steps"]),
         "wasted_positions": s["wasted_positions"] / s["positions"],
         "padding_share": mean["padding"] / mean["places"],
+        "skipped_updates": sum(u["skipped"] for u in updates),
         "shared_share": mean["shared"] / (mean["places"] - mean["padding"]),
     }, rows
 
@@ -741,6 +855,9 @@ def held_out_accuracy(run: Run) -> float:
 
 
 def append(file: Path, objects: list[dict]) -> None:
+    """A line of JSON for each, null for what is not finite."""
+    objects = [{name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in each.items()} for each in objects]
     with file.open("a") as stream:
         stream.write("".join(json.dumps(each) + "\n" for each in objects))
 
@@ -754,13 +871,41 @@ def sample_records(run: Run, rows: list[Response], step: int) -> list[dict]:
             for row in part]
 
 
+@contextlib.contextmanager
+def stop_on_signal(run: Run):
+    """SIGTERM and SIGINT let the step finish; a second SIGINT, not the same one forwarded by torchrun, does not."""
+    received = 0.0
+
+    def handler(number, frame):
+        nonlocal received
+        if run.stop is None:
+            run.stop, received = signal.Signals(number), time.monotonic()
+            if is_main():
+                tqdm.write(f"{run.stop.name}: finishing this step, then a checkpoint", file=sys.stderr)
+        elif number == signal.SIGINT and time.monotonic() - received > 2:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class NotFinite(RuntimeError):
+    """Several steps in a row had a loss or gradient that is not finite."""
+
+
 def train(run: Run) -> None:
+    """All steps from run.start, or until a signal. Raises NotFinite, and OSError where a file cannot be written."""
     o = run.options
     metrics_file = run.folder / "metrics.jsonl"
     accuracies = [row[name] for row in map(json.loads, metrics_file.read_text().splitlines())
                   for name in ("eval_accuracy_before", "eval_accuracy") if name in row]
+    skipped = 0
     barrier()   # every process has read the file before rank 0 adds to it
-    with tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method, disable=not is_main()) as bar:
+    with stop_on_signal(run), tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method, disable=not is_main()) as bar:
         def say(phase: str) -> None:
             bar.set_description(f"{o.method}, {phase}")
 
@@ -777,19 +922,38 @@ def train(run: Run) -> None:
                 say("evaluating")
                 metrics["eval_accuracy"] = held_out_accuracy(run)
                 accuracies.append(metrics["eval_accuracy"])
+            skipped = skipped + 1 if metrics["skipped_updates"] else 0
+            batch = [row for part in gather_objects(rows) for row in part] if skipped else []
             samples = sample_records(run, rows, step)
+            stop = any(gather_objects(run.stop is not None))   # the signal may have reached one process alone
             if is_main():
                 append(metrics_file, [metrics])
                 append(run.folder / "samples.jsonl", samples)
+                if skipped:
+                    (run.folder / f"skipped-step-{step + 1}.jsonl").unlink(missing_ok=True)   # of a run that was resumed
+                    append(run.folder / f"skipped-step-{step + 1}.jsonl", [asdict(row) for row in batch])
                 bar.set_postfix(reward=f"{metrics['reward_on']:.2f}",
                                 **({"accuracy": f"{accuracies[-1]:.1%}"} if accuracies else {}))
-            if o.checkpoint_every and (last or (step + 1) % o.checkpoint_every == 0):
+            if skipped == o.max_skipped:
+                raise NotFinite(f"the loss or gradient of {skipped} steps in a row was not finite. The weights are those before "
+                                f"them; the batches are in {run.folder}/skipped-step-*.jsonl. A smaller --learning-rate, or "
+                                f"--dtype float32, may help; so may another model, if it was so from the first step")
+            if stop or o.checkpoint_every and (last or (step + 1) % o.checkpoint_every == 0):
                 say("saving")
                 save_checkpoint(run, step + 1)
                 if is_main():
                     draw([run.folder], run.folder / "curves.png")
             bar.update()
-        say("done")
+            if stop and not last:
+                say("stopped")
+                break
+        else:
+            stop = False
+            say("done")
+    if stop:
+        if is_main():
+            print(f"stopped after step {step + 1} of {o.steps}; go on with: {how_to_go_on(run)}")
+        return
     final = run.folder / "final"
     if is_main():
         shutil.rmtree(final, ignore_errors=True)   # of a shorter run that --resume --steps made longer
@@ -804,6 +968,11 @@ def train(run: Run) -> None:
                   f"({len(run.held_out)} problems, 0 shots, temperature {o.eval_temperature})")
 
 
+def how_to_go_on(run: Run) -> str:
+    processes = f"--nproc-per-node {world_size()} " if world_size() > 1 else ""
+    return f"torchrun {processes}train.py --resume --output-dir {run.folder}"
+
+
 def main() -> None:
     # Of DCP in a run without a process group, which is what is meant here.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -816,9 +985,13 @@ def main() -> None:
     try:
         train(run)
     except KeyboardInterrupt:
-        if is_main():
-            print(f"\ninterrupted; go on with: torchrun train.py --resume --output-dir {run.folder}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(f"\ninterrupted; go on with: {how_to_go_on(run)}" if is_main() else 130)
+    except NotFinite as error:
+        sys.exit(f"train.py: error: {error}" if is_main() else 1)
+    except (OSError, CheckpointException) as error:
+        print(f"train.py: error: {run.folder} could not be written ({error}). What is there is whole; when there is room again, "
+              f"go on with: {how_to_go_on(run)}", file=sys.stderr)
+        os._exit(1)   # at once: other processes wait for this one
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -124,7 +124,7 @@ def test_two_processes_make_the_same_run(whole_run, tmp_path, settings):
     for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
-        for name in ("slot_occupancy", "wasted_positions"):   # of the slots that each process has
+        for name in ("slot_occupancy", "wasted_positions", "padding_share", "shared_share"):   # of what each process has
             assert 0 <= one.pop(name) <= 1 and 0 <= two.pop(name) <= 1
         assert one == pytest.approx(two, rel=2e-4, abs=1e-5)
     texts = [sorted((r["step"], r["off_policy"], r["response"], r["in_group"]) for r in map(json.loads, file.open()))

@@ -609,7 +609,10 @@ def init_distributed(device: str = "auto", needed: bool = False) -> torch.device
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group(backend)
+            store, number, size = next(dist.rendezvous("env://"))
+            # After a restart by torchrun --max-restarts the store may still hold the addresses of processes that are gone.
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size)
         elif needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return local

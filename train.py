@@ -495,7 +495,7 @@ class AdamW(torch.optim.AdamW):
         if self.rest == "cpu":
             state |= {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq") if name in state}
         elif self.rest == "bfloat16" and "exp_avg" in state:
-            seed = int(state["step"]) << 32 | index
+            seed = (int(state["step"]) * 1_000_003 + index) % 2 ** 32   # of more bits the CPU's generator ignores the rest
             state |= {"exp_avg": state["exp_avg"].bfloat16(), "exp_avg_sq": round_at_random(state["exp_avg_sq"], seed)}
 
     def put_all_away(self) -> None:
@@ -526,7 +526,11 @@ def save_checkpoint(run: Run, step: int) -> None:
         for leftover in (aside, final):   # of a run that was killed while it wrote
             shutil.rmtree(leftover, ignore_errors=True)
     barrier()
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+    except BaseException:   # a full disk, above all
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if is_main():
         aside.rename(final)
         for old in find_checkpoints(run.folder)[:-run.options.keep_checkpoints]:
@@ -989,9 +993,17 @@ def main() -> None:
     except NotFinite as error:
         sys.exit(f"train.py: error: {error}" if is_main() else 1)
     except (OSError, CheckpointException) as error:
-        print(f"train.py: error: {run.folder} could not be written ({error}). What is there is whole; when there is room again, "
-              f"go on with: {how_to_go_on(run)}", file=sys.stderr)
+        if isinstance(error, CheckpointException):   # which quotes the traceback of every process
+            error = next(iter(error.failures.values()))[0]
+        print(f"train.py: error: {run.folder} could not be written ({str(error).splitlines()[0]}); {shutil.disk_usage(run.folder).free / 1e9:.3f} GB "
+              f"are free there. What is there is whole; when it can be written, go on with: {how_to_go_on(run)}", file=sys.stderr)
         os._exit(1)   # at once: other processes wait for this one
+    except RuntimeError as error:
+        if world_size() == 1 or not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection")):
+            raise
+        print(f"train.py: error: process {rank()} has lost the others ({str(error).splitlines()[0]}). The one that ended first "
+              f"says why; go on with: {how_to_go_on(run)}", file=sys.stderr)
+        os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,7 +1,10 @@
 """The training loop, on the embedded model: exact gradients, the procedure's steps, resuming, and users' mistakes."""
 
 import json
+import math
+import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +13,7 @@ import time
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -111,16 +115,20 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
         assert (gradients[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), name
 
 
-@pytest.mark.parametrize("settings", [[], ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"]])
-def test_two_processes_make_the_same_run(whole_run, tmp_path, settings):
-    """Sharded over two processes, in other micro-batches: the same samples, metrics and weights to float32 rounding.
-    With the second settings only the shorter off-policy responses are right and join their group, so the processes hold
-    different numbers of rows and of micro-batches."""
+@pytest.mark.parametrize("processes, settings, layout", [
+    (1, [], ["--recompute-activations", "true", "--micro-batch-tokens", "600"]),
+    (2, [], ["--micro-batch-tokens", "560"]),
+    (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"], ["--micro-batch-tokens", "1000"]),
+    (4, [], ["--shard-size", "2", "--recompute-activations", "true"]),
+])
+def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, settings, layout):
+    """Sharded over the processes or over pairs of them, in other micro-batches: the same samples, metrics and weights to
+    float32 rounding. With `settings` only the shorter off-policy responses are right and join their group, so the processes
+    hold different numbers of rows and of micro-batches."""
     if settings:
         whole_run = tmp_path / "one"
         trainer.train(prepare(whole_run, *settings))
-    torchrun(*SMALL, *settings, "--output-dir", tmp_path / "two", "--micro-batch-tokens", 560 if not settings else 1000,
-             "--slots", 7, processes=2)
+    torchrun(*SMALL, *settings, *layout, "--output-dir", tmp_path / "two", "--slots", 7, processes=processes)
     for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
@@ -171,6 +179,124 @@ def test_a_run_killed_in_the_middle_goes_on(tmp_path):
     trainer.train(prepare(tmp_path / "whole", "--steps", "12"))
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
     assert len(list((tmp_path / "killed" / "checkpoints").glob("step-*"))) == 2   # the last two are kept
+
+
+def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
+    folder = tmp_path / "stopped"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        started = time.monotonic()
+        steps = len(metrics_of(folder)) if folder.exists() else 0
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--resume", "--output-dir", str(folder)],
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) <= steps:
+            assert process.poll() is None and time.monotonic() < started + 120
+            time.sleep(0.002)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=120)
+        done = len(metrics_of(folder))
+        assert process.returncode == 0 and done > steps
+        assert (folder / "checkpoints" / f"step-{done}" / ".metadata").is_file()
+        if done < 4:
+            assert f"stopped after step {done} of 4; go on with: torchrun train.py --resume --output-dir {folder}" in said
+    trainer.train(prepare(folder, "--resume"))
+    assert metrics_of(folder) == metrics_of(whole_run)
+    assert all(torch.equal(weights_of(folder)[name], tensor) for name, tensor in weights_of(whole_run).items())
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_worker_that_is_killed(tmp_path, restarts):
+    """torchrun starts the processes again and they go on by themselves; without restarts all of them end soon."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
+         "--master-port", str(random.randint(20000, 60000)), str(ROOT / "train.py"), *SMALL, "--steps", "6",
+         "--output-dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-2").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    worker = psutil.Process(process.pid).children()[-1]
+    worker.kill()
+    said, _ = process.communicate(timeout=60)
+    if restarts:
+        assert process.returncode == 0, said
+        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4, 5, 6] and (folder / "final").is_dir()
+    else:
+        assert process.returncode == 1 and "exitcode  : -9" in said
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    """The limit on the size of files stands for a full disk: the checkpoint does not fit."""
+    arguments = [*SMALL, "--eval-every", "0", "--output-dir", str(tmp_path / "run")]
+    run = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    assert run.returncode == 1
+    assert f"error: {tmp_path / 'run'} could not be written" in run.stderr and "--resume --output-dir" in run.stderr
+    assert "Traceback" not in run.stderr and not list((tmp_path / "run" / "checkpoints").iterdir())
+    trainer.train(prepare(tmp_path / "run", "--eval-every", "0", "--resume"))
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    run = prepare(tmp_path / "run", "--max-skipped", "2", "--steps", "9", "--checkpoint-every", "0", "--eval-every", "0")
+    before, steps = [], []
+
+    def loss(*arguments, **more):
+        steps.append(0)
+        before[:] = before if len(steps) > 2 else [p.detach().clone() for p in run.model.parameters()]
+        value, metrics = icpo_loss(*arguments, **more)
+        return value * (math.nan if len(steps) != 2 else 1), metrics   # the second step alone is well
+
+    icpo_loss = trainer.icpo_loss
+    monkeypatch.setattr(trainer, "icpo_loss", loss)
+    with pytest.raises(trainer.NotFinite, match="2 steps in a row.*skipped-step"):
+        trainer.train(run)
+    rows = metrics_of(tmp_path / "run")
+    assert [row["skipped_updates"] for row in rows] == [1, 0, 1, 1]
+    assert [row["grad_norm"] is None for row in rows] == [True, False, True, True]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert any((p != old).any() for p, old in zip(run.model.parameters(), before))   # by the second step
+    assert {path.name for path in run.folder.glob("skipped*")} == {f"skipped-step-{n}.jsonl" for n in (1, 3, 4)}
+    batch = [json.loads(line) for line in (run.folder / "skipped-step-3.jsonl").read_text().splitlines()]
+    assert len(batch) == 20 and all(len(row["tokens"]) == len(row["old_logprobs"]) for row in batch)
+
+
+def test_a_run_is_repeated_from_its_config(whole_run, tmp_path):
+    trainer.train(trainer.prepare([str(whole_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]))
+    assert metrics_of(tmp_path / "again") == metrics_of(whole_run)
+
+
+def test_moments_in_bfloat16(tmp_path):
+    """Half the memory, nearly the same path; and a resumed run is the one never interrupted."""
+    gradient = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    optimizers = [trainer.AdamW([w], rest, lr=0.01, weight_decay=0) for w, rest in zip(weights, ("float32", "bfloat16"))]
+    for scale in [1.0] * 50 + [0.1] * 1500:   # the second moment falls, by a thousandth a step
+        grad = scale * (1 + torch.randn(64, 64, generator=gradient))
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = grad.clone()
+            optimizer.step()
+    exact, rounded = (optimizer.state[weight] for weight, optimizer in zip(weights, optimizers))
+    assert rounded["exp_avg"].dtype == rounded["exp_avg_sq"].dtype == torch.bfloat16
+    assert rounded["exp_avg_sq"].float().mean() == pytest.approx(exact["exp_avg_sq"].mean().item(), rel=0.01)
+    assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - 1).norm()
+
+    for name in ("whole", "resumed"):
+        trainer.train(prepare(tmp_path / name, "--optimizer-state", "bfloat16"))
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
+    trainer.train(prepare(tmp_path / "resumed", "--resume"))
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
+    assert all(torch.equal(weights_of(tmp_path / "resumed")[name], tensor)
+               for name, tensor in weights_of(tmp_path / "whole").items())
+
+
+def test_rounding_at_random_keeps_the_mean():
+    x = torch.full((100_000,), 1 + 2 ** -9)   # a quarter of the way from 1 to the next bfloat16
+    rounded = trainer.round_at_random(x, seed=0)
+    assert set(rounded.tolist()) == {1.0, 1 + 2 ** -7}
+    assert (rounded > 1).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    assert torch.equal(trainer.round_at_random(x, seed=0), rounded)
+    assert not torch.equal(trainer.round_at_random(x, seed=1), rounded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,6 +437,9 @@ def test_other_settings_train(tmp_path, arguments):
     (["--train-data", "nowhere.jsonl"], "no data file at nowhere.jsonl"),
     (["--model", "./nowhere"], "no model at './nowhere'"),
     (["--demo-min-chars", "9999"], "only 0 of .* are usable"),
+    (["--micro-batch-tokens", "500"], "--micro-batch-tokens 500 does not hold one sequence of --max-prompt-length 512"),
+    (["--optimizer-state", "cpu", "--device", "cpu"], "--optimizer-state cpu is for GPUs"),
+    (["--offload-reference", "true", "--device", "cpu"], "--offload-reference true is for GPUs"),
 ])
 def test_mistakes_end_before_training_and_say_what_was_given(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -392,6 +521,10 @@ def test_a_folder_with_a_run_is_never_written_over(whole_run):
         prepare(whole_run, "--resume", "--seed", "7")
     with pytest.raises(ValueError, match="has made 4 steps already, more than --steps 3"):
         prepare(whole_run, "--resume", "--steps", "3")
+    held = trainer.lock_folder(whole_run)
+    with pytest.raises(ValueError, match="in use: another process is training there"):
+        prepare(whole_run, "--resume")
+    os.close(held)
 
 
 def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path):

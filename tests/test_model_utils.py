@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from model_utils import (KVCache, ModelConfig, Transformer, gather_model, load_model, pack_weights, save_model,
-                         token_logprobs)
+from model_utils import (KVCache, ModelConfig, Transformer, gather_model, load_model, pack, pack_weights, response_logprobs,
+                         save_model, token_logprobs, wrap_blocks)
 from rollout import generate
 
 V, STOP = 100, 3
@@ -289,6 +289,68 @@ def test_an_empty_mask_gives_zeros_and_zero_gradients():
     logprobs.sum().backward()
     for name, parameter in model.named_parameters():   # FSDP waits for a gradient of each of them
         assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+ROWS = {   # (prompts, lengths of the responses)
+    "one": ([[5]], [1]),
+    "none shared": ([[5, 6, 7], [8], [9, 10]], [4, 7, 2]),
+    "all shared": ([[5, 6, 7, 8, 9]] * 5, [1, 30, 9, 4, 4]),
+    "some": ([[5, 6, 7]] * 2 + [[5, 6]] + [[5, 6, 7]] * 3, [20, 2, 5, 1, 6, 6]),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("wrapped", [{}, {"recompute": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_packed_rows_are_as_each_row_alone(rows, wrapped, temperature):
+    """In float64, outputs and gradients; also where blocks are computed again in the backward pass, or compiled."""
+    if "compile" in wrapped and (rows, temperature) != ("some", 0.6):
+        pytest.skip("compiling takes long: once is enough")
+    model = make_model(head_dim=16).double()
+    prompts, lengths = ROWS[rows]
+    responses = [random_tokens(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
+    weights = torch.randn(len(prompts), max(lengths), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected, loss = [], 0
+    for prompt, response, weight in zip(prompts, responses, weights):
+        logprobs, entropy = full_logprobs(model, torch.tensor([prompt + response]), temperature)
+        expected.append((logprobs[0, len(prompt) - 1:], entropy[0, len(prompt) - 1:]))
+        loss = loss + (expected[-1][0] * weight[:len(response)]).sum()
+    expected_gradients = torch.autograd.grad(loss, list(model.parameters()))
+
+    wrap_blocks(model, **{"recompute": False, "compile": False} | wrapped)
+    packing = pack(prompts, responses)
+    logprobs, entropy = response_logprobs(model, packing, temperature, chunk_size=3)
+    for i, (row, row_entropy) in enumerate(expected):
+        assert packing.mask[i].tolist() == [True] * lengths[i] + [False] * (max(lengths) - lengths[i])
+        assert_close(logprobs[i, :lengths[i]].double(), row, atol=1e-5, rtol=0)
+        assert_close(entropy[i, :lengths[i]].double(), row_entropy.detach(), atol=1e-5, rtol=0)
+    assert not logprobs[~packing.mask].any() and not entropy.requires_grad
+    gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
+    for (name, _), gradient, wanted in zip(model.named_parameters(), gradients, expected_gradients):
+        assert_close(gradient, wanted, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("prompts, lengths, positions, shared", [
+    ([[5, 6, 7]] * 4, [2, 2, 2, 2], 3 + 4, 9),
+    ([[5, 6, 7], [5, 6], [5, 6, 7]], [2, 2, 2], 8 + 3, 0),   # only rows that follow one another
+])
+def test_a_prompt_is_packed_once(prompts, lengths, positions, shared):
+    packing = pack(prompts, [[9] * length for length in lengths])
+    assert (packing.tokens.shape, packing.shared) == ((1, positions), shared)
+    assert len(packing.targets) == sum(lengths)
+
+
+def test_little_of_a_packing_is_padding():
+    lengths = list(range(1, 200, 3))
+    packing = pack([[5, 6]] * len(lengths), [[9] * length for length in lengths])
+    places = sum(bucket.numel() for bucket in packing.buckets)
+    assert packing.padding == places - sum(length + 1 for length in lengths) < 0.15 * places
+
+
+@pytest.mark.parametrize("prompts, responses", [([[5], []], [[6], [6]]), ([[5], [5]], [[6], []])])
+def test_pack_refuses(prompts, responses):
+    with pytest.raises(ValueError, match="row 1 has a prompt of"):
+        pack(prompts, responses)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoTokenizer
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -673,16 +673,27 @@ def shard(model: Transformer, compute_dtype: torch.dtype, shard_size: int = 0, o
     return fully_shard(model, **settings)
 
 
-def wrap_blocks(model: Transformer, recompute: bool, compile: bool) -> None:
-    """From outside, for the pass that trains alone: keep only the input of each block and compute the rest again in the
-    backward pass (activation checkpointing), and put each block through torch.compile."""
+def wrap_blocks(model: Transformer, recompute: str = "none", compile: bool = False) -> None:
+    """From outside, for the pass that trains alone: activation checkpointing, and torch.compile of each block.
+
+    recompute: what the backward pass computes again instead of keeping it: "all" of a block but its input, or what is
+    "cheap", all but matrix products and attention."""
     for block in model.model.layers:
         plain = trained = block.forward
         if compile:
             trained = torch.compile(trained, dynamic=True)
-        if recompute:
-            trained = functools.partial(checkpoint, trained, use_reentrant=False)
+        if recompute != "none":
+            how = {"context_fn": _keep_products} if recompute == "cheap" else {}
+            trained = functools.partial(checkpoint, trained, use_reentrant=False, **how)
         block.forward = functools.partial(_with_gradient_or_not, trained, plain)
+
+
+def _keep_products():
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([
+        aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default])
 
 
 def _with_gradient_or_not(trained, plain, *arguments):

@@ -144,8 +144,9 @@ class Options:
     learning_rate: float = option(5e-5, "of AdamW, constant")
     weight_decay: float = option(0.01, "of AdamW")
     grad_clip: float = option(1.0, "largest gradient norm")
-    recompute_activations: bool = option(False, "keep only the inputs of the blocks and compute the rest again in the "
-                                         "backward pass (activation checkpointing): less memory, a third slower")
+    recompute_activations: Literal["none", "cheap", "all"] = option(
+        "none", "activation checkpointing: the backward pass computes again, instead of keeping it, what is cheap (all but "
+        "matrix products and attention), or all of a block but its input")
     compile_blocks: bool = option(False, "put the blocks through torch.compile for the pass that trains")
     optimizer_state: Literal["float32", "bfloat16", "cpu"] = option(
         "float32", "AdamW's two moments: as they are, in half the memory, or in the CPU's memory (for small GPUs)")
@@ -347,7 +348,7 @@ def prepare(arguments: list[str]) -> Run:
         shard(model, DTYPES[options.dtype], options.shard_size)
         if reference is not None:
             shard(reference, DTYPES[options.dtype], options.shard_size, options.offload_reference)
-    if options.recompute_activations or options.compile_blocks:
+    if options.recompute_activations != "none" or options.compile_blocks:
         wrap_blocks(model, options.recompute_activations, options.compile_blocks)
     optimizer = AdamW(model.parameters(), options.optimizer_state, lr=options.learning_rate, weight_decay=options.weight_decay)
     sampler = make_sampler(options, model, len(held_out))

@@ -300,7 +300,7 @@ ROWS = {   # (prompts, lengths of the responses)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("wrapped", [{}, {"recompute": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("wrapped", [{}, {"recompute": "all"}, {"recompute": "cheap"}, {"compile": True}], ids=str)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_packed_rows_are_as_each_row_alone(rows, wrapped, temperature):
     """In float64, outputs and gradients; also where blocks are computed again in the backward pass, or compiled."""
@@ -317,7 +317,7 @@ def test_packed_rows_are_as_each_row_alone(rows, wrapped, temperature):
         loss = loss + (expected[-1][0] * weight[:len(response)]).sum()
     expected_gradients = torch.autograd.grad(loss, list(model.parameters()))
 
-    wrap_blocks(model, **{"recompute": False, "compile": False} | wrapped)
+    wrap_blocks(model, **wrapped)
     packing = pack(prompts, responses)
     logprobs, entropy = response_logprobs(model, packing, temperature, chunk_size=3)
     for i, (row, row_entropy) in enumerate(expected):

@@ -116,10 +116,10 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
 
 
 @pytest.mark.parametrize("processes, settings, layout", [
-    (1, [], ["--recompute-activations", "true", "--micro-batch-tokens", "600"]),
+    (1, [], ["--recompute-activations", "cheap", "--micro-batch-tokens", "600"]),
     (2, [], ["--micro-batch-tokens", "560"]),
     (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"], ["--micro-batch-tokens", "1000"]),
-    (4, [], ["--shard-size", "2", "--recompute-activations", "true"]),
+    (4, [], ["--shard-size", "2", "--recompute-activations", "all"]),
 ])
 def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, settings, layout):
     """Sharded over the processes or over pairs of them, in other micro-batches: the same samples, metrics and weights to
@@ -541,3 +541,48 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     folders = [trainer.prepare([*SMALL, "--method", "grpo"]).folder.as_posix() for _ in range(2)]
     assert folders == ["runs/grpo-seed0", "runs/grpo-seed0-2"]
     assert trainer.prepare([*SMALL, "--method", "grpo", "--resume"]).folder.as_posix() == "runs/grpo-seed0-2"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What benchmarks/train_step.py says of communication
+
+COUNT_BYTES = """
+import json, sys
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+import train as trainer
+received = {{"gathered": 0, "reduced": 0}}
+gather, reduce = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+def counting_gather(output_tensor, input_tensor, *more, **named):
+    received["gathered"] += output_tensor.nbytes - input_tensor.nbytes
+    return gather(output_tensor, input_tensor, *more, **named)
+
+def counting_reduce(output, input, *more, **named):
+    received["reduced"] += input.nbytes - output.nbytes
+    return reduce(output, input, *more, **named)
+
+run = trainer.prepare(sys.argv[1:])
+rows = trainer.sample_responses(run, trainer.gather_model(run.model, torch.float32), 0,
+                                trainer.my_share(run, trainer.make_prompts(run, 0)))
+trainer.mix(run, rows, 0)
+dist.all_gather_into_tensor, dist.reduce_scatter_tensor = counting_gather, counting_reduce
+trainer.update(run, rows, sampled_by_it=True)
+if trainer.is_main():
+    print("\\n" + json.dumps(received))
+"""
+
+
+def test_the_bytes_that_travel_are_those_of_the_table(tmp_path):
+    from benchmarks.train_step import communication, count_parameters
+    (tmp_path / "count.py").write_text(COUNT_BYTES.format(root=str(ROOT)))
+    said = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(random.randint(20000, 60000)), str(tmp_path / "count.py"), *SMALL, "--kl-coef", "0",
+                           "--output-dir", str(tmp_path / "run")], check=True, capture_output=True, text=True).stdout
+    received = json.loads(said.splitlines()[-1])
+    model, _ = load_model(TINY / "model")
+    blocks, rest = count_parameters(model.config)
+    assert blocks + rest == sum(p.numel() for p in model.parameters())
+    expected = communication(blocks, rest, processes=2, shard_size=2, compute_bytes=4)
+    assert received["gathered"] == expected["forward"] + expected["backward"]
+    assert received["reduced"] == expected["gradients"]

@@ -552,21 +552,23 @@ sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 import train as trainer
 received = {{"gathered": 0, "reduced": 0}}
-gather, reduce = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
-def counting_gather(output_tensor, input_tensor, *more, **named):
-    received["gathered"] += output_tensor.nbytes - input_tensor.nbytes
-    return gather(output_tensor, input_tensor, *more, **named)
-
-def counting_reduce(output, input, *more, **named):
-    received["reduced"] += input.nbytes - output.nbytes
-    return reduce(output, input, *more, **named)
+def count(kind, collective):
+    def counting(*arguments, **named):
+        sizes = [t.nbytes for t in [*arguments, *named.values()] if isinstance(t, torch.Tensor)]   # output and input
+        received[kind] += max(sizes) - min(sizes)
+        return collective(*arguments, **named)
+    return counting
 
 run = trainer.prepare(sys.argv[1:])
 rows = trainer.sample_responses(run, trainer.gather_model(run.model, torch.float32), 0,
                                 trainer.my_share(run, trainer.make_prompts(run, 0)))
 trainer.mix(run, rows, 0)
-dist.all_gather_into_tensor, dist.reduce_scatter_tensor = counting_gather, counting_reduce
+for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")),   # of newer and older releases
+                    ("reduced", ("reduce_scatter_single", "reduce_scatter_tensor"))):
+    for name in names:
+        if hasattr(dist, name):
+            setattr(dist, name, count(kind, getattr(dist, name)))
 trainer.update(run, rows, sampled_by_it=True)
 if trainer.is_main():
     print("\\n" + json.dumps(received))

@@ -223,24 +223,23 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, c.num_kv_heads, c.head_dim).transpose(1, 2)                 # [B, K, T, E]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         causal = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=c.num_kv_heads < c.num_heads)
-        if context is None:   # whole sequences, padded on the right: causal attention never looks at the padding
-            out = causal(q, k, v).transpose(1, 2)                                                 # [B, T, H, E]
-        elif isinstance(context, Packing):
+        packed, bias = isinstance(context, Packing), None
+        if context is not None and not packed:
+            keys, values, written, read, bias = context                                           # [slots, K, S, E]
+            keys[written], values[written] = k.transpose(1, 2), v.transpose(1, 2)
+        if packed:
             outs = []
             for rows in context.buckets:                                                          # [b, t]
                 laid_out = (x[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
                             for x in (q, k, v))                                                   # [b, H or K, t, E]
                 outs.append(causal(*laid_out).transpose(1, 2).flatten(0, 1))                      # [b·t, H, E]
             out = torch.cat(outs).index_select(0, context.sources)                                # [T, H, E]
-        else:
-            keys, values, written, read, bias = context                                           # [slots, K, S, E]
-            keys[written], values[written] = k.transpose(1, 2), v.transpose(1, 2)
-            if bias is None:
-                out = causal(q, k, v).transpose(1, 2)
-            else:   # new positions and what the cache held: the G query heads of a group ask the same keys, as one's queries
-                q = q.reshape(B, c.num_kv_heads, -1, c.head_dim)                                  # [B, K, G·T, E]
-                out = F.scaled_dot_product_attention(q, keys[read], values[read], attn_mask=bias)   # [B, K, span, E] read
-                out = out.view(B, c.num_heads, T, c.head_dim).transpose(1, 2)
+        elif bias is None:   # whole sequences, padded on the right: causal attention never looks at the padding
+            out = causal(q, k, v).transpose(1, 2)                                                 # [B, T, H, E]
+        else:   # new positions and what the cache held: the G query heads of a group ask the same keys, as queries of one
+            q = q.reshape(B, c.num_kv_heads, -1, c.head_dim)                                      # [B, K, G·T, E]
+            out = F.scaled_dot_product_attention(q, keys[read], values[read], attn_mask=bias)     # [B, K, span, E] read
+            out = out.view(B, c.num_heads, T, c.head_dim).transpose(1, 2)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -319,7 +318,7 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(x)
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
-        return _spread_out(mask, *_chunked_logprobs(x[mask], self.head, targets[mask], temperature, chunk_size))
+        return spread_out(mask, *_chunked_logprobs(x[mask], self.head, targets[mask], temperature, chunk_size))
 
     def extend(self, tokens, cache: KVCache, slots=None, starts=None, span: int | None = None) -> torch.Tensor:
         """The pass that samples: append tokens [B, T] to slots of the cache, and return the hidden states after them,
@@ -375,7 +374,7 @@ def _chunked_logprobs(hidden, head, targets, temperature, chunk_size):
     return tuple(torch.cat(piece) for piece in zip(*pieces))                                      # [N] each
 
 
-def _spread_out(mask, *flat):
+def spread_out(mask, *flat):
     """Values in the order of the True places of mask [B, T] -> [B, T] each, 0 elsewhere."""
     return tuple(each.new_zeros(mask.shape).masked_scatter(mask, each) for each in flat)
 
@@ -433,9 +432,9 @@ def pack(prompts: list[list[int]], responses: list[list[int]], device="cpu") -> 
         predicting += rows[-1][len(prompt) - 1:]
     buckets, sources, places = [], [0] * len(tokens), 0
     for row in sorted(rows, key=len, reverse=True):
-        if not buckets or len(row) < 0.75 * len(buckets[-1][0]):
+        if not buckets or len(row) < 0.75 * width:
             buckets.append([])
-        width = len(buckets[-1][0]) if buckets[-1] else len(row)
+            width = len(row)
         for place, index in enumerate(row, places):
             sources[index] = place
         buckets[-1].append(row + [row[-1]] * (width - len(row)))
@@ -454,7 +453,7 @@ def response_logprobs(model: Transformer, packing: Packing, temperature: float =
 
     temperature: that of the distribution sampled from, above 0. chunk_size: positions whose logits exist at the same time.
     """
-    return _spread_out(packing.mask, *model(packing, temperature=temperature, chunk_size=chunk_size))
+    return spread_out(packing.mask, *model(packing, temperature=temperature, chunk_size=chunk_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ from eval import DTYPES, did_you_mean, embedded, evaluate, make_parser, option, 
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
 from model_utils import (Packing, Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
-                         load_model, pack, rank, response_logprobs, save_model, shard, world_size,
-                         wrap_blocks)
+                         load_model, pack, rank, response_logprobs, save_model, shard, spread_out,
+                         world_size, wrap_blocks)
 from reward import score
 from rollout import Sampler, Work, choose_slots, generate, spread
 
@@ -219,8 +219,8 @@ def resolve(options: Options) -> Options:
     for name in ("n_on", "steps", "batch_size", "mini_batch_size", "max_new_tokens",
                  "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps", "max_skipped"):
         _require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
-    for name in ("n_off", "slots", "shard_size", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every", "log_questions",
-                 "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k", "eval_temperature"):
+    for name in ("n_off", "slots", "shard_size", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every",
+                 "log_questions", "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k", "eval_temperature"):
         _require(getattr(o, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(o, name)}")
     for name in ("learning_rate", "grad_clip", "temperature", "verify_timeout", "shaping_lambda"):
         _require(getattr(o, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(o, name)}")
@@ -312,14 +312,15 @@ def prepare(arguments: list[str]) -> Run:
     options = parse_options(arguments)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun --max-restarts, after a process has died
         options.resume = True
-    device = init_distributed(options.device, needed=options.dtype != "float32" or options.offload_reference)
-    for name, on in (("--offload-reference true", options.offload_reference),
-                     ("--optimizer-state cpu", options.optimizer_state == "cpu")):
-        _require(not on or device.type == "cuda", f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
+    init_distributed(options.device)
     folder, saved = on_main(lambda: choose_folder(options))
     if saved is not None:
         options = parse_options(arguments, saved)
     options = resolve(options)
+    device = init_distributed(options.device, needed=options.dtype != "float32" or options.offload_reference)
+    for name, on in (("--offload-reference true", options.offload_reference),
+                     ("--optimizer-state cpu", options.optimizer_state == "cpu")):
+        _require(not on or device.type == "cuda", f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
     free = FREE_ON_RESUME - ({"micro_batch_tokens"} if options.normalizer == "micro-batch" else set())
     for name, value in (saved or {}).items():
         _require(name in free or getattr(options, name) == value, f"{folder} was run with {name}: {value}, "
@@ -690,10 +691,9 @@ def collate(rows: list[Response], device, behaviour: bool = False) -> tuple[Pack
     behaviour: after the prompts that sampled, instead of the plain questions. No rows give one that counts for nothing."""
     packing = pack([row.behaviour_prompt if behaviour else row.prompt for row in rows] or [[0]],
                    [row.tokens for row in rows] or [[0]], device)
-    if not rows:
-        return packing, torch.zeros_like(packing.mask), torch.zeros(packing.mask.shape, device=device)
+    mask = packing.mask if rows else torch.zeros_like(packing.mask)
     old_logprobs = torch.tensor([logprob for row in rows for logprob in row.old_logprobs], device=device)
-    return packing, packing.mask, torch.zeros(packing.mask.shape, device=device).masked_scatter(packing.mask, old_logprobs)
+    return packing, mask, *spread_out(mask, old_logprobs)
 
 
 @torch.no_grad()
@@ -996,8 +996,9 @@ def main() -> None:
     except (OSError, CheckpointException) as error:
         if isinstance(error, CheckpointException):   # which quotes the traceback of every process
             error = next(iter(error.failures.values()))[0]
-        print(f"train.py: error: {run.folder} could not be written ({str(error).splitlines()[0]}); {shutil.disk_usage(run.folder).free / 1e9:.3f} GB "
-              f"are free there. What is there is whole; when it can be written, go on with: {how_to_go_on(run)}", file=sys.stderr)
+        free = shutil.disk_usage(run.folder).free / 1e9
+        print(f"train.py: error: {run.folder} could not be written ({str(error).splitlines()[0]}); {free:.3f} GB are free there. "
+              f"What is there is whole; when it can be written, go on with: {how_to_go_on(run)}", file=sys.stderr)
         os._exit(1)   # at once: other processes wait for this one
     except RuntimeError as error:
         if world_size() == 1 or not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection")):

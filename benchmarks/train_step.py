@@ -28,7 +28,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train as trainer   # noqa: E402
-from benchmarks.rollout import Case, find_stop_ids, measure_machine, synchronise   # noqa: E402
+from benchmarks.rollout import (QWEN3_1_7B, Case, block_weights, find_stop_ids, measure_machine, peak_resident,   # noqa: E402
+                                report, synchronise)
 from eval import DTYPES, TINY, make_parser, option, parse   # noqa: E402
 from model_utils import ModelConfig, find_folder, load_model   # noqa: E402
 from reward import score   # noqa: E402
@@ -70,7 +71,8 @@ def run_here(job: dict) -> dict:
         "--batch-size", str(job["prompts"]), "--max-prompt-length", str(job["prompt_length"]), "--max-new-tokens",
         str(job["max_new_tokens"]), "--steps", "99", "--eval-every", "0", "--micro-batch-tokens",
         str(max(job["micro_batch_tokens"], job["prompt_length"] + job["max_new_tokens"])), "--dtype", job["dtype"],
-        "--recompute-activations", job["recompute_activations"], "--device", job["device"], "--seed", str(job["seed"]), "--output-dir", str(folder / f"run-{job['case']}")])
+        "--recompute-activations", job["recompute_activations"], "--device", job["device"], "--seed", str(job["seed"]),
+        "--output-dir", str(folder / f"run-{job['case']}")])
     run.model.stop_ids = tuple(job["stop_ids"])
     results = []
     for step in range(job["steps"] + 1):
@@ -87,11 +89,10 @@ def run_here(job: dict) -> dict:
 def update_operations(config: ModelConfig, rows) -> float:
     """Multiplications and additions that the gradient of these rows needs; what is computed again does not count."""
     c, prompts = config, {row.slot: len(row.prompt) for row in rows}
-    block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_size * c.intermediate_size
     responses = sum(len(row.tokens) for row in rows)
     positions = sum(prompts.values()) + responses - len(rows)
     attended = sum((len(row.prompt) + len(row.tokens)) ** 2 / 2 for row in rows)
-    return (6 * c.num_layers * block * positions + 6 * c.vocab_size * c.hidden_size * responses
+    return (6 * c.num_layers * block_weights(c) * positions + 6 * c.vocab_size * c.hidden_size * responses
             + 12 * c.num_layers * c.num_heads * c.head_dim * attended)
 
 
@@ -137,7 +138,7 @@ def serve(job: dict) -> None:
     if job["device"] == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated()
     elif sys.platform == "linux":   # ru_maxrss would hold what the parent had taken, too
-        result["memory"] = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        result["memory"] = peak_resident()
     else:
         result["memory"] = float("nan")
     print("\n" + json.dumps(result))
@@ -167,9 +168,7 @@ def make_random_model(folder: Path) -> None:
     """Qwen3-1.7B's shape with random weights, and the tokenizer of the embedded default."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    config = Qwen3Config(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-                         num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-                         max_position_embeddings=40960, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    config = Qwen3Config(**QWEN3_1_7B, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -230,8 +229,7 @@ SHAPES = {   # parameters: Qwen3-1.7B, Qwen3-8B
 
 def count_parameters(c: ModelConfig) -> tuple[int, int]:
     """(of the blocks, of all else); of families without biases"""
-    block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_size * c.intermediate_size
-    return (c.num_layers * (block + 2 * c.hidden_size + 2 * c.head_dim * c.qk_norm),
+    return (c.num_layers * (block_weights(c) + 2 * c.hidden_size + 2 * c.head_dim * c.qk_norm),
             c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2))
 
 
@@ -285,13 +283,7 @@ def main() -> None:
               f"{f['trl_tokens_per_second']:>8,.0f}{f['memory_gb']:>9.2f}{f['trl_memory_gb']:>7.2f}{f['memory_ratio']:>7.2f}"
               f"{f['rollout_seconds']:>9.2f}{f['update_seconds']:>8.2f}{f['update_share']:>9.0%}{f['mean_length']:>8.1f}"
               f"{f['trl_mean_length']:>7.1f}")
-    missed = [] if options.model == "tiny" else [
-              f"{name} is {figures[name]:.3g}, to be {how} {bound:g}" for name, how, bound in TARGETS[device]
-              if not (figures[name] >= bound if how == ">=" else figures[name] <= bound)]
-    if missed:
-        print("missed: " + "; ".join(missed))
-    print(" ".join(f"{name}={value:.6g}" for name, value in figures.items()))
-    sys.exit(1 if missed and options.check else 0)
+    report(figures, [] if options.model == "tiny" else TARGETS[device], options.check)
 
 
 if __name__ == "__main__":

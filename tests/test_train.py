@@ -299,6 +299,15 @@ def test_rounding_at_random_keeps_the_mean():
     assert not torch.equal(trainer.round_at_random(x, seed=1), rounded)
 
 
+def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
+    """In one process, which joins a group for FSDP's mixed precision only once the settings of the run are known."""
+    torchrun(*SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
+    torchrun("--resume", "--output-dir", tmp_path / "resumed")
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The procedure
 

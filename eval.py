@@ -8,6 +8,7 @@ Prints one row for each number of shots, and writes every sample to a JSONL file
 
 import argparse
 import difflib
+import functools
 import json
 import random
 import sys
@@ -24,11 +25,15 @@ from transformers import HfArgumentParser
 
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
 from model_utils import gather_objects, init_distributed, is_main, load_model, rank, world_size
-from reward import extract_answer, score
+from reward import FORMATS, RewardError, extract_answer, load_reward, own_scores, score
 from rollout import generate, spread
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+REWARD_HELP = "FILE.py:FUNCTION, a reward of your own: (responses, problems) -> list of numbers; by default right answers earn 1"
+ANSWER_HELP = "where the final answer of a response stands: in its last box, behind ####, or in <answer> tags"
 
 
 def embedded(path: str, file: str) -> Path | str:
@@ -67,12 +72,21 @@ def did_you_mean(word: str, options: type, prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0].replace('_', '-') if prefix else close[0]}?" if close else ""
 
 
+def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float = 5.0, counts: Counter | None = None):
+    """The function (responses, problems) -> scores that these options stand for; see reward.score and load_reward."""
+    if reward:
+        return functools.partial(own_scores, load_reward(reward))
+    return lambda responses, problems: score(responses, [problem.answer for problem in problems], timeout,
+                                             answer_format=answer_format, counts=counts)
+
+
 def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrations: Demonstrations | None = None, *,
              samples: int = 1, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-             seed: int = 0, slots: int = 0, sampler=None, verify_timeout: float = 5.0, progress=None) -> list[dict]:
+             seed: int = 0, slots: int = 0, sampler=None, scorer=None, progress=None) -> list[dict]:
     """Sample `samples` answers to every problem and score them; the processes share the problems out.
 
     demonstrations: drawn from for every problem; None asks plainly. slots, sampler, progress: see `generate`.
+    scorer: what make_scorer gives; by default the answer in the last box earns 1.0 if it is right, else 0.0.
     Random numbers depend on (seed, problem, sample) alone, so that two evaluations differ by the model only.
     Returns on every process one dict a sample, `samples` consecutive ones a problem: id, sample, response, score,
     tokens, finished.
@@ -86,7 +100,7 @@ def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrati
                            stream_ids=mine, slots=slots, sampler=sampler, progress=progress)
     texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
     owners = [i for i in mine for _ in range(samples)]
-    scores = score(texts, [problems[i].answer for i in owners], timeout=verify_timeout)
+    scores = (scorer or make_scorer())(texts, [problems[i] for i in owners])
     records = {(i, j % samples): {"id": problems[i].id, "sample": j % samples, "response": text, "score": right,
                                   "tokens": len(completion.tokens), "finished": completion.finished}
                for j, (i, text, right, completion) in enumerate(zip(owners, texts, scores, completions))}
@@ -94,7 +108,7 @@ def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrati
     return [everyone[key] for key in sorted(everyone)]
 
 
-def summarise(records: list[dict], samples: int) -> dict[str, float]:
+def summarise(records: list[dict], samples: int, answer_format: str = "boxed") -> dict[str, float]:
     """accuracy: avg@k, the mean score; half_width: of its 95 % interval (normal, over problems); pass: pass@k, the
     share of problems with a right answer among k = `samples`; majority: maj@k, the share whose commonest answer is
     right, the earliest of equally common ones counting; tokens: mean length; truncated: share cut off."""
@@ -102,7 +116,7 @@ def summarise(records: list[dict], samples: int) -> dict[str, float]:
     means = [fmean(r["score"] for r in group) for group in groups]
 
     def majority(group):
-        answers = [extract_answer(r["response"]) for r in group]
+        answers = [extract_answer(r["response"], answer_format) for r in group]
         commonest = Counter(answers).most_common(1)[0][0]
         return group[answers.index(commonest)]["score"]
 
@@ -132,6 +146,8 @@ class Options:
     output: str = option("eval.jsonl", "file for every sample; an existing one is replaced")
     slots: int = option(0, "sequences that a process samples at the same time; 0 is as many as there are, but at most "
                         "256 and what fits in a third of the free memory")
+    reward: str = option("", REWARD_HELP)
+    answer_format: str = option("boxed", ANSWER_HELP, choices=list(FORMATS))
     verify_timeout: float = option(5.0, "seconds after which the comparison of two answers counts as wrong")
     seed: int = option(0, "of sampling and of the draw of demonstrations")
     dtype: str = option("float32", "to compute in", choices=list(DTYPES))
@@ -176,7 +192,7 @@ def run(options: Options, model, builder, problems, demonstrations, title: str) 
 
         return evaluate(model, builder, problems, demonstrations, samples=o.samples, max_new_tokens=o.max_new_tokens,
                         temperature=o.temperature, top_p=o.top_p, top_k=o.top_k, seed=o.seed, slots=o.slots,
-                        verify_timeout=o.verify_timeout, progress=progress)
+                        scorer=make_scorer(o.reward, o.answer_format, o.verify_timeout), progress=progress)
 
 
 def main() -> None:
@@ -186,9 +202,9 @@ def main() -> None:
         model, builder, problems, pools = prepare(options)
         for shots in options.shots:
             records = run(options, model, builder, problems, pools.get(shots), f"{shots} shots")
-            rows.append((shots, summarise(records, options.samples)))
+            rows.append((shots, summarise(records, options.samples, options.answer_format)))
             written += [{"shots": shots, **record} for record in records]
-    except ValueError as error:
+    except (ValueError, RewardError) as error:
         if is_main():
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -156,50 +157,64 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    packed: torch.Tensor | None = None   # see pack_weights
+    packed: Callable | None = None   # see pack_weights
 
     def forward(self, x):
-        return _linear(x, self.weight, self.bias, self.packed)
+        return self.packed(x) if self.packed else F.linear(x, self.weight, self.bias)
 
 
-def _linear(x, weight, bias=None, packed=None):
-    if packed is None:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")   # as torch.compile does for a frozen model
+def products(x, *linears: Linear):
+    """What each of these layers makes of x."""
+    if linears[0].packed:
+        return linears[0](x).split([linear.out_features for linear in linears], dim=-1)
+    return [linear(x) for linear in linears]
+
+
+def _kernel(weight, bias) -> Callable:
+    if weight.is_mkldnn or weight.numel() >= 1 << 17:   # as torch.compile does for a frozen model
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
 
 
 @contextlib.contextmanager
 def pack_weights(model: "Transformer"):
-    """On CPUs in float32, until the `with` block ends, weights go through a kernel of oneDNN, and large ones lie in the order
-    in which it reads them; with the few rows of a decode step it needs half the time of the one behind F.linear.
+    """On CPUs in float32, until the `with` block ends, layers with the same input are one product, weights that are not small
+    go through a kernel of oneDNN, and large ones lie in the order in which it reads them: with the few rows of a decode
+    step it needs half the time of the one behind F.linear.
 
-    They are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
-    `logits` work. Embeddings that are the head too stay where they are."""
-    wanted = (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-              and platform.machine().lower() in ("x86_64", "amd64"))
-
-    def gains(weight):   # the small ones do not
-        return wanted and weight.numel() >= 1 << 17
-
-    linears = [module for module in model.modules() if isinstance(module, Linear) and gains(module.weight)]
+    Weights are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
+    `logits` work."""
+    groups = []
+    if (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+            and platform.machine().lower() in ("x86_64", "amd64")):
+        for block in model.model.layers:
+            a, m = block.self_attn, block.mlp
+            groups += [(a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)]
+        if not model.config.tie_embeddings:
+            groups.append((model.lm_head,))
+    moved = []
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for module in linears:
-                module.packed = module.weight.detach()
-                if module.packed.numel() >= 1 << 19:   # to move smaller ones leaves holes in memory and saves little
-                    module.packed = torch.ops.mkldnn._reorder_linear_weight(module.packed, 32)   # for about 32 rows
-                    module.weight.data = module.weight.new_empty(0)
-            if not model.config.tie_embeddings:
-                model.packed_head = model.lm_head.packed
-            elif gains(model.head):
-                model.packed_head = model.head.detach()
+            for group in groups:
+                weight = torch.cat([linear.weight for linear in group]) if len(group) > 1 else group[0].weight.detach()
+                bias = None if group[0].bias is None else torch.cat([linear.bias for linear in group])
+                if weight.numel() >= 1 << 19:   # to move smaller ones leaves holes in memory and saves little
+                    weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)   # for about 32 rows
+                moved.append((group, weight))
+                for linear in group:
+                    linear.weight.data = linear.weight.new_empty(0)
+                group[0].packed = _kernel(weight, bias)
+            if groups:   # embeddings that are the head too stay where they are
+                model.packed_head = _kernel(model.head.detach(), None) if model.config.tie_embeddings else model.lm_head.packed
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
-            for module in linears:
-                if module.packed is not None and module.packed.is_mkldnn:
-                    module.weight.data = module.packed.to_dense()
-                module.packed = None
+            while moved:   # one by one: the old goes when the new is there
+                group, weight = moved.pop()
+                group[0].packed = None
+                weight = weight.to_dense() if weight.is_mkldnn else weight
+                for linear, part in zip(group, weight.split([linear.out_features for linear in group])):
+                    linear.weight.data = part if part.shape == weight.shape else part.clone()
         model.packed_head = None
 
 
@@ -218,9 +233,8 @@ class Attention(nn.Module):
         """x [B, T, D] -> [B, T, D]. `context`: None for whole sequences; a Packing; or this layer's keys and values and the
         places in them, see Transformer.extend."""
         c, (B, T, _) = self.config, x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, c.num_heads, c.head_dim)).transpose(1, 2)       # [B, H, T, E]
-        k = self.k_norm(self.k_proj(x).view(B, T, c.num_kv_heads, c.head_dim)).transpose(1, 2)    # [B, K, T, E]
-        v = self.v_proj(x).view(B, T, c.num_kv_heads, c.head_dim).transpose(1, 2)                 # [B, K, T, E]
+        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in products(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))                # [B, H or K, T, E]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         causal = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=c.num_kv_heads < c.num_heads)
         packed, bias = isinstance(context, Packing), None
@@ -251,7 +265,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -279,7 +294,7 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.norm_eps)})
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.packed_head: torch.Tensor | None = None
+        self.packed_head: Callable | None = None   # see pack_weights
         self.hf_config = None
         self.generation_config: dict | None = None
         self.stop_ids: tuple[int, ...] = ()
@@ -299,7 +314,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V]"""
-        return _linear(hidden, self.head, packed=self.packed_head)
+        return self.packed_head(hidden) if self.packed_head else F.linear(hidden, self.head)
 
     def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None, chunk_size: int = 1024):
         """Both uses of the pass that trains go through `forward`, so that FSDP's hooks see each of them.
@@ -356,22 +371,43 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
 
-def _chunk_logprobs(hidden, head, targets, temperature):
-    """hidden [N, D], targets [N] -> log-probabilities [N] and entropies [N], softmax in float32."""
-    logits = F.linear(hidden, head).float() / temperature                                         # [N, V]
-    log_z = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
-    with torch.no_grad():   # the entropy is a metric; no gradient flows through it
-        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
-    return logprobs, entropy
+class _ChunkedLogprobs(torch.autograd.Function):
+    """hidden [N, D], head [V, D], targets [N] -> log-probabilities and entropies, [N] each, softmax in float32.
+
+    Only a chunk of logits exists at a time. The backward pass computes each again, and adds to one gradient of the head
+    where autograd would hold one for each chunk. No gradient flows through the entropy, which is a metric."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, chunk_size):
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        pieces = []
+        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size)):
+            logits = F.linear(h, head).float().div_(temperature)                                  # [n, V]
+            log_z = logits.logsumexp(-1)
+            logprobs = logits.gather(-1, t[:, None])[:, 0] - log_z
+            entropy = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
+            pieces.append((logprobs, entropy, log_z))
+        logprobs, entropy, log_z = (torch.cat(piece) for piece in zip(*pieces))                   # [N] each
+        ctx.save_for_backward(hidden, head, targets, log_z)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, head, targets, log_z = ctx.saved_tensors
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for h, t, z, g, out in zip(*(each.split(ctx.chunk_size) for each in (hidden, targets, log_z, grad, grad_hidden))):
+            # ∂ log π(t) / ∂ logit = [it is that of t] − π
+            d = F.linear(h, head).float().div_(ctx.temperature).sub_(z[:, None]).exp_().mul_(-g[:, None])
+            d = d.scatter_add_(1, t[:, None], g[:, None]).div_(ctx.temperature).to(head.dtype)    # [n, V]
+            torch.mm(d, head, out=out)
+            grad_head.addmm_(d.T, h)
+        return grad_hidden, grad_head, None, None, None
 
 
 def _chunked_logprobs(hidden, head, targets, temperature, chunk_size):
-    """Only a chunk of logits exists at a time, in the backward pass too: each chunk is recomputed there."""
-    chunk_size = max(1, min(chunk_size, -(-len(targets) // 4)))   # in a small batch too, never all logits at once
-    pieces = [checkpoint(_chunk_logprobs, h, head, t, temperature, use_reentrant=False)
-              for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))]
-    return tuple(torch.cat(piece) for piece in zip(*pieces))                                      # [N] each
+    # In a small batch too, never all logits at once.
+    return _ChunkedLogprobs.apply(hidden, head, targets, temperature, max(1, min(chunk_size, -(-len(targets) // 4))))
 
 
 def spread_out(mask, *flat):
@@ -543,7 +579,8 @@ def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, 
                     if tensor.shape != wanted[name]:
                         raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, "
                                          f"config.json says {list(wanted[name])}")
-                    tensors[name] = nn.Parameter(tensor.to(device=device, dtype=dtype))
+                    # A copy, or one tensor would hold the mapped file, and all of it, in memory.
+                    tensors[name] = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
     missing = sorted(wanted.keys() - tensors.keys())
     for problem, names in (("lacks", missing), ("has, beyond what config.json says,", left_over)):
         if names:

@@ -18,6 +18,7 @@ Every random choice is a function of (seed, step, question), never of a process 
 
 import contextlib
 import copy
+import ctypes
 import fcntl
 import functools
 import itertools
@@ -31,6 +32,8 @@ import sys
 import time
 import warnings
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -47,13 +50,14 @@ from tqdm import tqdm
 
 from curves import draw
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems, normalise
-from eval import DTYPES, did_you_mean, embedded, evaluate, make_parser, option, parse
+from eval import (ANSWER_HELP, DTYPES, REWARD_HELP, did_you_mean, embedded, evaluate, make_parser, make_scorer, option,
+                  parse)
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
 from model_utils import (Packing, Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
                          load_model, pack, rank, response_logprobs, save_model, shard, spread_out,
                          world_size, wrap_blocks)
-from reward import score
+from reward import FORMATS, RewardError
 from rollout import Sampler, Work, choose_slots, generate, spread
 
 # What each method sets, unless the option is given. ICPO† of the paper is icpo-rs; ICPO† − ERRS is icpo with --errs false.
@@ -168,6 +172,8 @@ class Options:
     checkpoint_every: int = option(20, "write a checkpoint every so many steps; 0 is never")
     keep_checkpoints: int = option(2, "how many checkpoints to keep")
     log_questions: int = option(1, "questions a step whose responses go to samples.jsonl")
+    reward: str = option("", REWARD_HELP)
+    answer_format: Literal[FORMATS] = option("boxed", ANSWER_HELP)
     verify_timeout: float = option(5.0, "seconds after which the comparison of two answers counts as wrong")
     seed: int = option(0, "of the order of questions, demonstrations and sampling")
     dtype: Literal["float32", "bfloat16"] = option("float32", "to compute in; master weights are float32")
@@ -268,6 +274,8 @@ class Run:
     held_out: list[Problem]
     demonstrations: Demonstrations | None
     sampler: Sampler
+    scorer: Callable                    # (responses, problems) -> rewards
+    counts: Counter                     # its "timeouts", since the last step that was logged
     start: int = 0                      # steps already made
     stop: signal.Signals | None = None  # received: this step is the last one
 
@@ -326,7 +334,12 @@ def prepare(arguments: list[str]) -> Run:
         _require(name in free or getattr(options, name) == value, f"{folder} was run with {name}: {value}, "
                  f"not {getattr(options, name)}; leave the option out, or start another run")
     options.output_dir = str(folder)
+    if device.type == "cpu" and sys.platform == "linux":   # what large tensors leave goes back, where glibc would keep half
+        with contextlib.suppress(AttributeError):          # another C library
+            ctypes.CDLL(None).mallopt(-3, 16 << 20)        # M_MMAP_THRESHOLD
 
+    counts = Counter()
+    scorer = make_scorer(options.reward, options.answer_format, options.verify_timeout, counts)
     problems = load_problems(embedded(options.train_data, "train.jsonl"),
                              needs=("expert_response",) if options.off_policy == "dataset" else ())
     held_out = load_problems(embedded(options.test_data, "test.jsonl"))
@@ -353,7 +366,8 @@ def prepare(arguments: list[str]) -> Run:
         wrap_blocks(model, options.recompute_activations, options.compile_blocks)
     optimizer = AdamW(model.parameters(), options.optimizer_state, lr=options.learning_rate, weight_decay=options.weight_decay)
     sampler = make_sampler(options, model, len(held_out))
-    run = Run(options, folder, device, model, reference, optimizer, builder, problems, held_out, demonstrations, sampler)
+    run = Run(options, folder, device, model, reference, optimizer, builder, problems, held_out, demonstrations, sampler,
+              scorer, counts)
     lock = on_main(lambda: lock_folder(folder))
     if lock is not None and is_main():
         weakref.finalize(run, os.close, lock)
@@ -472,7 +486,7 @@ class AdamW(torch.optim.AdamW):
     rounded up or down at random, such that the mean is right. The random numbers are a function of step and parameter."""
 
     def __init__(self, parameters, rest: str = "float32", **settings):
-        super().__init__(parameters, **settings)
+        super().__init__(parameters, fused=True, **settings)   # without copies of the weights' size
         self.rest = rest
 
     @torch.no_grad()
@@ -652,8 +666,7 @@ def sample_responses(run: Run, model: Transformer, step: int, prompts: dict[int,
 def mix(run: Run, rows: list[Response], step: int) -> float:
     """Steps 3 and 4: rewards, (ERRS), (RS), the mixed group and (ADV), written into the rows. Returns the bonus."""
     o = run.options
-    answers = [batch_problem(run, step, row.slot).answer for row in rows]
-    for row, reward in zip(rows, score([row.text for row in rows], answers, timeout=o.verify_timeout)):
+    for row, reward in zip(rows, run.scorer([row.text for row in rows], [batch_problem(run, step, row.slot) for row in rows])):
         row.reward = reward
     rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)
     off_policy = torch.tensor([row.off_policy for row in rows])
@@ -726,6 +739,9 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, flo
                                               "off_policy_share", "entropy_sum", "entropy_tokens",
                                               "places", "padding", "shared")}
     totals |= {"ratio_max": [0.0, "max"], "logprob_gap": [0.0, "max"]}
+    if run.device.type == "cpu":   # in one piece: scattered among the first micro-batch's tensors they would pin its memory
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     for micro in micros:
         packing, mask, old_logprobs = collate(micro, run.device)
         off_policy = torch.tensor([row.off_policy for row in micro] or [False], device=run.device)
@@ -811,6 +827,8 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
     model = gather_model(run.model, DTYPES[o.dtype])
     rows = sample_responses(run, model, step, prompts,
                             follow(say, sum(o.n_on + len(p.demo_prefixed) for p in prompts.values())))
+    if model is not run.model or run.device.type == "cpu":   # no CUDA graph would serve again
+        run.sampler.release()   # the update can use the cache's memory
     del model   # a copy of the whole model, where there are several processes
     sampled = time.perf_counter()
     bonus = mix(run, rows, step)
@@ -821,7 +839,7 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
                for part in range(o.batch_size // size)]
     ended = time.perf_counter()
 
-    s = combine(describe(rows) | {name: [value, "max" if name.endswith("seconds") else "sum"]
+    s = combine(describe(rows) | {"verify_timeouts": [run.counts.pop("timeouts", 0), "sum"]} | {name: [value, "max" if name.endswith("seconds") else "sum"]
                                   for name, value in asdict(run.sampler.work).items()})
     mean = {name: fmean(u[name] for u in updates) for name in updates[0]}
     per = lambda total, count: total / count if count else None   # noqa: E731  (null in the file: there were none)
@@ -842,6 +860,7 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
         "slot_occupancy": per(s["sequence_steps"], s["slot_steps"]),
         "wasted_positions": s["wasted_positions"] / s["positions"],
         "padding_share": mean["padding"] / mean["places"],
+        "verify_timeouts": s["verify_timeouts"],
         "skipped_updates": sum(u["skipped"] for u in updates),
         "shared_share": mean["shared"] / (mean["places"] - mean["padding"]),
     }, rows
@@ -855,7 +874,7 @@ def held_out_accuracy(run: Run) -> float:
     o = run.options
     records = evaluate(gather_model(run.model, DTYPES[o.dtype]), run.builder, run.held_out, samples=o.eval_samples,
                        max_new_tokens=o.max_new_tokens, temperature=o.eval_temperature, top_p=o.eval_top_p,
-                       top_k=o.eval_top_k, seed=o.seed, sampler=run.sampler, verify_timeout=o.verify_timeout)
+                       top_k=o.eval_top_k, seed=o.seed, sampler=run.sampler, scorer=run.scorer)
     return fmean(record["score"] for record in records)
 
 
@@ -993,6 +1012,9 @@ def main() -> None:
         sys.exit(f"\ninterrupted; go on with: {how_to_go_on(run)}" if is_main() else 130)
     except NotFinite as error:
         sys.exit(f"train.py: error: {error}" if is_main() else 1)
+    except RewardError as error:
+        print(f"train.py: error: {error}. When it is mended, go on with: {how_to_go_on(run)}", file=sys.stderr)
+        os._exit(1)   # at once: other processes wait for this one
     except (OSError, CheckpointException) as error:
         if isinstance(error, CheckpointException):   # which quotes the traceback of every process
             error = next(iter(error.failures.values()))[0]

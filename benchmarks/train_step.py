@@ -51,7 +51,7 @@ class Options:
     max_new_tokens: int = option(64, "most new tokens")
     steps: int = option(2, "steps that are timed, after one that is not")
     micro_batch_tokens: int = option(1024, "of train.py, at least one sequence; TRL takes 8 sequences at a time, its default")
-    recompute_activations: str = option("cheap", "of train.py", choices=["none", "cheap", "all"])
+    recompute_activations: str = option("all", "of train.py", choices=["none", "cheap", "all"])
     check: bool = option(False, "exit with status 1 where a target is missed")
     communication: bool = option(False, "print the bytes that travel between GPUs instead")
     dtype: str = option("float32", "to compute in", choices=list(DTYPES))

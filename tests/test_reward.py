@@ -1,20 +1,62 @@
+import logging
+import multiprocessing
 import os
+import random
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections import Counter
+from pathlib import Path
 
+import math_verify
+import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import reward
-from reward import extract_answer, score
+from data import Problem
+from reward import RewardError, extract_answer, load_reward, own_scores, score, settle
 
+ROOT = Path(__file__).resolve().parent.parent
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+
+def box(answer: str) -> str:
+    return rf"So it is \boxed{{{answer}}}."
+
+
+def verdict(given: str, answer: str) -> bool:
+    """Math-Verify's own, in this process."""
+    gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, given))
+    return bool(math_verify.verify(gold, target, timeout_seconds=None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
 
 @pytest.mark.parametrize("response, expected", [
     (r"so \boxed{42}.", "42"),
     (r"\boxed{1} no, \boxed{2}", "2"),                     # the last one
     (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),                    # escaped braces do not count
+    (r"\boxed{\\{1}}", r"\\{1}"),                          # but those behind an escaped backslash do
     (r"\boxed{ 7 }", "7"),
+    (r"\fbox{7}", "7"),
+    (r"\boxed{6} or \fbox{7}", "7"),
+    (r"\boxed {7}", "7"),
+    (r"\boxed 5", "5"),
+    (r"$\boxed 5$ apples", "5"),
+    (r"\boxed5.", "5"),
+    (r"\boxed\frac12$", r"\frac12"),
+    (r"\boxed{1 \boxed{2}}", "2"),                         # a box inside a box
+    (r"\boxed{}", ""),
     (r"\boxed{7", None),
+    (r"\boxed", None),
     (r"\boxed{1} and \boxed{2", None),                     # an unclosed last box is no answer
+    (r"\boxedness{3}", None),
     ("42", None),
     ("", None),
 ])
@@ -22,45 +64,282 @@ def test_extract_answer(response, expected):
     assert extract_answer(response) == expected
 
 
+@pytest.mark.parametrize("answer_format, response, expected", [
+    ("gsm8k", "2 + 2 = 4\n#### 4", "4"),
+    ("gsm8k", "#### 4\n#### 1,234\nmore", "1,234"),
+    ("gsm8k", r"\boxed{4}", None),
+    ("tags", "<think>5</think><answer> 4 </answer>", "4"),
+    ("tags", r"<answer>it is \boxed{4}</answer>", "4"),
+    ("tags", "<answer>3</answer><answer>4", "3"),
+    ("tags", "4</answer>", None),
+])
+def test_other_formats(answer_format, response, expected):
+    assert extract_answer(response, answer_format) == expected
+    assert score([response], ["4"], answer_format=answer_format) == [float(expected == "4")]
+    assert score([response], ["2 + 2 is 4\n#### 4"], answer_format=answer_format) == [
+        float(expected == "4" and answer_format == "gsm8k")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
 @pytest.mark.parametrize("given, answer, expected", [
-    ("42", "42", 1.0), ("42", " 42 ", 1.0), ("042", "42", 1.0), ("42.0", "42", 1.0), ("+42", "42", 1.0),
-    (".5", "0.50", 1.0), ("42", "43", 0.0), ("-42", "42", 0.0), ("", "42", 0.0), ("x", "x", 1.0),
+    ("42", "42", 1.0), ("42", " 42 ", 1.0), ("042", "42", 1.0), ("42.0", "42", 1.0), ("+42", "42", 1.0), ("42.", "42", 1.0),
+    (".5", "0.50", 1.0), ("42", "43", 0.0), ("-42", "42", 0.0), ("", "42", 0.0), ("x", "x", 1.0), ("x + 1", "x+1", 1.0),
+    ("1,234,567", "1234567", 1.0), ("12{,}345", "12345", 1.0), (r"\frac{1}{2}", "0.5", 1.0), (r"\dfrac{1}{2}", "1/2", 1.0),
+    (r"-\frac{6}{4}", "-1.5", 1.0), (r"\frac{-1}{2}", "0.5", 0.0), ("$7$", "7", 1.0), ("1/3", "2/3", 0.0),
+    (r"\left( 1, 2 \right)", "(1, 2)", 1.0), ("123456789.123456789", "123456789.123456788", 0.0),
 ])
 def test_strings_and_numbers_need_no_worker(given, answer, expected, monkeypatch):
-    monkeypatch.setattr(reward, "_pool", lambda count: pytest.fail("a worker was asked for"))
-    assert score([rf"\boxed{{{given}}}"], [answer]) == [expected]
+    monkeypatch.setattr(reward, "_compare", lambda *arguments: pytest.fail("a worker was asked for"))
+    assert score([box(given)], [answer]) == [expected]
 
 
 def test_math_verify_settles_the_rest_in_order():
-    pairs = [(r"\frac{1}{2}", "0.5", 1.0), ("x+1", "1+x", 1.0), (r"\frac{1}{3}", "0.5", 0.0), ("1,000", "1000", 1.0),
-             (r"\{1,2\}", r"\{2,1\}", 1.0), ("7", "7", 1.0), (r"\sqrt{8}", r"2\sqrt{2}", 1.0), (r"\frac{", "3", 0.0)]
-    assert score([rf"\boxed{{{given}}}" for given, _, _ in pairs], [answer for _, answer, _ in pairs],
+    pairs = [(r"\frac{2}{\sqrt{16}}", "0.5", 1.0), ("x+1", "1+x", 1.0), (r"\frac{1}{3}", "0.333333", 1.0), ("5 cm", "5", 1.0),
+             (r"\{1,2\}", r"\{2,1\}", 1.0), ("7", "7", 1.0), (r"\sqrt{8}", r"2\sqrt{2}", 1.0), (r"\frac{", "3", 0.0),
+             ("1, 234", "1234", 0.0)]
+    assert score([box(given) for given, _, _ in pairs], [answer for _, answer, _ in pairs],
                  workers=2) == [expected for *_, expected in pairs]
 
 
-def test_a_comparison_that_hangs_is_killed_and_the_others_go_on():
-    hard = [rf"\boxed{{{text}}}" for text in (r"\frac{2}{4}", "9^{9^{9^{9^{9}}}}", r"\frac{3}{6}")]
-    score(hard[:1], ["0.5"], workers=1)   # the worker is up
-    first = reward._workers[0].process.pid
-    start = time.monotonic()
-    assert score(hard, ["0.5", "3", "0.5"], timeout=2.0, workers=1) == [1.0, 0.0, 1.0]
-    assert time.monotonic() - start < 30   # 2 s for the one, and a new worker's start
-    assert reward._workers[0].process.pid != first
-    with pytest.raises(ProcessLookupError):
-        os.kill(first, 0)
+@pytest.mark.parametrize("response, answer", [
+    (" ".join(rf"\boxed{{{i}}}" for i in range(50)), "42"),   # fifty boxes, of which one is right and not the last
+    (box("x"), "42"),                                          # a name for any number
+    (box("42 or 43"), "42"), (box("1, 2, 42"), "42"), (box(r"\{41, 42\}"), "42"), (box(r"42 \text{ or } 43"), "42"),
+    (r"\boxed{41}\boxed{42}\boxed{43}", "42"), (box(r"41}\boxed{42}\boxed{43"), "42"),
+    (box("42=43"), "42"), (box(r"42\pm 1"), "42"), (box("42;43"), "42"), (box(r"\text{the right answer}"), "42"),
+    ("42", "42"), ("the answer is 42", "42"), ("", "42"),      # no box, no reward
+])
+def test_guessing_earns_nothing(response, answer):
+    assert score([response], [answer]) == [0.0]
 
 
-def test_a_worker_that_dies_is_replaced():
-    score([r"\boxed{\frac{2}{4}}"], ["0.5"], workers=1)
-    reward._workers[0].process.kill()
-    reward._workers[0].process.wait()
-    assert score([r"\boxed{\frac{2}{4}}"], ["0.5"], workers=1) == [1.0]
-
-
-def test_lengths_must_agree():
+def test_lengths_and_formats_must_make_sense():
     with pytest.raises(ValueError, match="2 responses but 1 answers"):
         score(["a", "b"], ["1"])
+    with pytest.raises(ValueError, match="'xml'"):
+        score(["a"], ["1"], answer_format="xml")
 
 
-def test_no_box_no_reward_even_where_the_text_holds_the_answer():
-    assert score(["the answer is 42", "42", ""], ["42", "42", "42"]) == [0.0, 0.0, 0.0]
+whole = st.integers(-10 ** 12, 10 ** 12)
+decimals = st.decimals(-10 ** 6, 10 ** 6, places=3, allow_nan=False).map(str)
+fractions = st.tuples(whole, st.integers(1, 10 ** 6)).map(lambda pair: rf"\frac{{{pair[0]}}}{{{pair[1]}}}")
+numbers = whole.map(str) | decimals | fractions | whole.map("{:,}".format)
+expressions = st.recursive(numbers | st.sampled_from(["x", "y", r"\pi"]), lambda parts: st.one_of(
+    st.tuples(parts, parts).map(" + ".join), parts.map(r"\sqrt{{{}}}".format), parts.map(r"\left( {} \right)".format),
+    st.tuples(parts, parts).map(lambda pair: rf"\dfrac{{{pair[0]}}}{{{pair[1]}}}")), max_leaves=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_an_answer_equals_itself(answer):
+    assert settle(answer, answer)
+
+
+@settings(max_examples=200, deadline=None)
+@given(numbers, numbers)
+def test_plain_numbers_are_settled_as_math_verify_does(a, b):
+    settled = settle(a, b)
+    assert settled is None or settled == verdict(a, b)
+    assert settle(a, a) and verdict(a, a)
+
+
+@settings(max_examples=100, deadline=None)
+@given(expressions)
+def test_looks_do_not_matter(answer):
+    for other in (answer.replace(r"\left", "").replace(r"\right", ""), answer.replace(" ", ""), f" {answer}  ", f"${answer}$",
+                  answer.replace(r"\dfrac", r"\frac"), answer.replace(" + ", "  +  ")):
+        assert settle(other, answer)
+    assert score([f"We get 17 and 3. {box(answer)} That is all: 99."], [answer]) == [1.0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(whole, whole, st.sampled_from([" cm", r"\text{ apples}", r"^\circ", r"\text{ km/h}", " kg", r"\,\text{m}"]))
+def test_units_do_not_matter_and_numbers_do(a, b, unit):
+    assert score([box(f"{a}{unit}"), box(f"{a}{unit}")], [str(a), str(b)]) == [1.0, float(a == b)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits and processes
+
+@pytest.fixture
+def fresh():
+    """No workers before, none after."""
+    reward._stop_workers()
+    yield
+    reward._stop_workers()
+    assert not workers()
+
+
+def workers():
+    return [process for process in psutil.Process().children(recursive=True) if reward.__file__ in process.cmdline()]
+
+
+HANG = box("9^{9^{9^{9^{9}}}}")
+HALF = box(r"\frac{2}{\sqrt{16}}")   # not settled in place
+
+
+def test_a_comparison_that_hangs_is_killed_and_the_others_go_on(fresh):
+    score([HALF], ["0.5"], workers=2)
+    pid, counts, start = reward._workers[0].process.pid, Counter(), time.monotonic()
+    hanging = [HANG.replace("9}}", f"{i}}}}}") for i in range(2, 8)]
+    assert score([*hanging, HALF], ["3"] * 6 + ["0.5"], timeout=0.5, workers=2, counts=counts) == [0.0] * 6 + [1.0]
+    assert time.monotonic() - start < 0.5 * 6 / 2 + 2      # timeout times what hangs over workers, and a little
+    assert counts["timeouts"] == 6 and reward._workers[0].process.pid == pid
+
+
+def test_a_comparison_has_a_memory_limit(fresh, monkeypatch):
+    monkeypatch.setattr(reward, "MEMORY_LIMIT", 120 << 20)
+    score([HALF], ["0.5"], workers=1)
+    child, counts, start = reward._workers[0].child, Counter(), time.monotonic()
+    assert score([box("(x+y+z+w)^{200}"), HALF], ["3", "0.5"], timeout=60, workers=1, counts=counts) == [0.0, 1.0]
+    assert counts["timeouts"] == 1 and reward._workers[0].child != child and time.monotonic() - start < 30
+    assert sum(process.memory_info().rss for process in workers()) < 200 << 20   # what it took is gone
+
+
+@pytest.mark.parametrize("victim", ["parent", "child"])
+def test_a_worker_that_dies_is_replaced(fresh, victim):
+    score([HALF], ["0.5"], workers=1)
+    worker = reward._workers[0]
+    os.kill(worker.process.pid if victim == "parent" else worker.child, signal.SIGKILL)
+    time.sleep(0.2)
+    for _ in range(2):
+        assert score([HALF, HANG, HALF], ["0.5", "3", ".5"], workers=1, timeout=0.5) == [1.0, 0.0, 1.0]
+
+
+def test_threads_take_turns(fresh):
+    results = {}
+
+    def work(i):
+        results[i] = score([box(f"{i}+x"), box(f"x+{i}"), box("x")], [f"x+{i}"] * 3, workers=2)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert results == {i: [1.0, 1.0, 0.0] for i in range(4)}
+
+
+def _score_elsewhere(results):
+    results.put(score([HALF], ["0.5"], workers=1))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_other_processes_have_workers_of_their_own(fresh, method):
+    score([HALF], ["0.5"], workers=1)
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    process = context.Process(target=_score_elsewhere, args=(results,))
+    process.start()
+    assert results.get(timeout=60) == [1.0]
+    process.join(60)
+    assert score([HALF], ["0.5"], workers=1) == [1.0]   # those here still answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_is_left_behind(number):
+    code = ("import reward, sys; reward.score([r'\\boxed{\\frac{2}{\\sqrt{16}}}'], ['0.5'], workers=2); print('up', flush=True);"
+            f"reward.score([{HANG!r}, {HANG.replace('9}', '8}')!r}], ['3', '3'], timeout=60, workers=2)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"up\n"
+    time.sleep(0.5)   # the comparisons hang now
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) == 4   # two workers, and the child of each
+    process.send_signal(number)
+    process.wait(70)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
+def test_torchrun_shares_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert reward.default_workers() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert reward.default_workers() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert reward.default_workers() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whatever a response holds
+
+HOSTILE = [
+    box("9^{9^{9^{9}}}"), box("((((99999!)!)!)!)!"), box(r"\sum_{n=1}^{10^{12}} n!"), box(r"\binom{10^9}{5 \cdot 10^8}"),
+    box("{" * 10_000 + "1" + "}" * 10_000), "\\boxed{" * 10_000, box("(" * 2_000 + "1" + ")" * 2_000), box(r"\sqrt{" * 500),
+    box("1" * 5_000_000), "x" * 5_000_000 + box("1"), "{" * 3_000_000, "\\" * 1_000_001 + box("1"),
+    box("\0\x01\x1b[2J\r\n"), box("\ud800"), box(r"\frac{1}{"), box(r"\begin{pmatrix} 1 & 2 \\"), box(r"\left( 1"),
+    box(r"\begin{pmatrix}" + r"\\".join(["&".join(["x"] * 60)] * 60) + r"\end{pmatrix}"),
+    box("[" + ",".join(map(str, range(2_000))) + "]"), box(r"(-\infty, " + "9" * 4_000 + "]"),
+    box("__import__('os').system('touch /tmp/hacked')"), box("$(rm -rf /)"), box("; import sys; sys.exit(0)"),
+    box(r"\boxed{\boxed{}}"), r"\boxed{}", box(" "), box("\u202e24\u202c"), box("٤٢"), box("四十二"), "\\boxed", "\\boxed{",
+    box(r"x^{x^{x^{x^{x^{x}}}}} = \int_0^1 \int_0^1 \sin(\cos(x y)) dx dy"), box("0^0/0"), box("1e999999999"), box("nan"),
+    box("10^{10^{10}} - 10^{10^{10}} + 41"), box(r"\lim_{x \to 0} \frac{\sin x}{x}" * 20),
+]
+
+
+def test_hostile_responses(fresh):
+    """All are wrong; the corpus twice over takes no more memory here than once."""
+    counts, memory = Counter(), []
+    for _ in range(2):
+        start = time.monotonic()
+        assert score(HOSTILE, ["42"] * len(HOSTILE), timeout=0.5, workers=2, counts=counts) == [
+            0.0] * len(HOSTILE)
+        assert time.monotonic() - start < 0.5 * len(HOSTILE) / 2 + 5
+        memory.append(psutil.Process().memory_info().rss)
+    assert counts["timeouts"] < len(HOSTILE)
+    assert memory[1] < memory[0] + 20e6
+    assert score([box("42"), box(r"\sqrt{1764}")], ["42", "42"], workers=2) == [1.0, 1.0]
+
+
+def mutate(text: str, rng: random.Random) -> str:
+    """A few pieces of it deleted, doubled, moved or replaced."""
+    for _ in range(rng.randint(1, 4)):
+        a, b = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        b = min(b, a + 8)
+        text = rng.choice([text[:a] + text[b:], text[:b] + text[a:b] + text[b:], text[b:] + text[:a],
+                           text[:a] + rng.choice(["{", "}", "\\", "^", "!", "\\frac", "\\boxed{", "9", "x", "\n", "\0"]) + text[b:]])
+    return text
+
+
+def test_mutated_responses(fresh):
+    rng = random.Random(0)
+    seeds = [box(r"\frac{1}{2}"), box("1,234"), box("(1, 2]"), box(r"x^2 + 3x = \sqrt{5}"), box(r"5\text{ cm}"), "#### 7"]
+    responses = [mutate(rng.choice(seeds), rng) for _ in range(2_000)]   # benchmarks/reward.py --fuzz: 20,000
+    scores = score(responses, [rng.choice(["0.5", "1234", "(1,2]", "5"]) for _ in responses], timeout=0.5)
+    assert set(scores) == {0.0, 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A reward of the user's own
+
+@pytest.mark.parametrize("body, message", [
+    ("return [len(r) / 10 for r in responses]", None),
+    ("return [True, 0]", None),
+    ("return [1.0]", "1 scores for 2 responses"),
+    ("return [1.0, 'good']", "score 1 is 'good'"),
+    ("return [float('nan'), 1]", "score 0 is nan"),
+    ("return [1 / 0 for _ in responses]", "own.py, line 2, in .*: ZeroDivisionError"),
+    ("return None", "TypeError"),
+])
+def test_own_reward(tmp_path, body, message):
+    file = tmp_path / "own.py"
+    file.write_text(f"def mine(responses, problems):\n    {body}\n")
+    function = load_reward(f"{file}:mine")
+    call = lambda: own_scores(function, ["a", "bb"], [Problem("q", "1")] * 2)   # noqa: E731
+    if message is None:
+        assert call() in ([0.1, 0.2], [1.0, 0.0])
+    else:
+        with pytest.raises(RewardError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("own.py", "", "FILE.py:FUNCTION"), ("gone.py:mine", "", "names no file"), ("own.py:mine", "x = 1", "no function 'mine'"),
+    ("own.py:mine", "x = 1\nimport nothing_like_it", "own.py, line 2.*nothing_like_it"),
+    ("own.py:mine", "def mine(:", "own.py, line 1.*SyntaxError"),
+])
+def test_own_reward_that_does_not_load(tmp_path, name, content, message):
+    (tmp_path / "own.py").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_reward(str(tmp_path / name))

@@ -3,29 +3,39 @@
     python eval.py --model runs/icpo-seed0/final --shots 0 1
     torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen3-1.7B --data test.jsonl --demonstrations train.jsonl --samples 4
 
-Prints one row for each number of shots, and writes every sample to a JSONL file.
+Prints one row for each data set and number of shots, and writes every sample to a JSONL file, from which the same command
+goes on after a kill.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
+import itertools
 import json
+import math
+import os
 import random
+import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, variance
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
-from model_utils import gather_objects, init_distributed, is_main, load_model, rank, world_size
-from reward import FORMATS, RewardError, extract_answer, load_reward, own_scores, score
+from model_utils import gather_objects, init_distributed, is_main, load_model, on_main, rank, world_size
+from reward import FORMATS, RewardError, extract_answer, load_reward, own_scores, score, settle
 from rollout import generate, spread
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -43,7 +53,7 @@ def embedded(path: str, file: str) -> Path | str:
 
 def option(default, help: str, **more):
     """A dataclass field that HfArgumentParser turns into a command line option."""
-    if default not in (None, ""):   # those two stand for something that the help text explains
+    if default not in (None, "", []):   # those two stand for something that the help text explains
         help += " (default: %(default)s)"
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **more})
@@ -82,22 +92,23 @@ def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float =
 
 def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrations: Demonstrations | None = None, *,
              samples: int = 1, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-             seed: int = 0, slots: int = 0, sampler=None, scorer=None, progress=None) -> list[dict]:
+             seed: int = 0, slots: int = 0, sampler=None, scorer=None, progress=None, first: int = 0) -> list[dict]:
     """Sample `samples` answers to every problem and score them; the processes share the problems out.
 
     demonstrations: drawn from for every problem; None asks plainly. slots, sampler, progress: see `generate`.
     scorer: what make_scorer gives; by default the answer in the last box earns 1.0 if it is right, else 0.0.
+    first: number of the first problem, where these are a part of a data set.
     Random numbers depend on (seed, problem, sample) alone, so that two evaluations differ by the model only.
     Returns on every process one dict a sample, `samples` consecutive ones a problem: id, sample, response, score,
     tokens, finished.
     """
     prompts = [builder.plain(problem) if demonstrations is None
-               else demonstrations.draw(problem, random.Random(f"evaluation {seed} {i}"))[1]
+               else demonstrations.draw(problem, random.Random(f"evaluation {seed} {first + i}"))[1]
                for i, problem in enumerate(problems)]
     mine = spread([len(prompt) + max_new_tokens for prompt in prompts], world_size())[rank()]
     completions = generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
                            temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
-                           stream_ids=mine, slots=slots, sampler=sampler, progress=progress)
+                           stream_ids=[first + i for i in mine], slots=slots, sampler=sampler, progress=progress)
     texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
     owners = [i for i in mine for _ in range(samples)]
     scores = (scorer or make_scorer())(texts, [problems[i] for i in owners])
@@ -108,31 +119,54 @@ def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrati
     return [everyone[key] for key in sorted(everyone)]
 
 
-def summarise(records: list[dict], samples: int, answer_format: str = "boxed") -> dict[str, float]:
-    """accuracy: avg@k, the mean score; half_width: of its 95 % interval (normal, over problems); pass: pass@k, the
-    share of problems with a right answer among k = `samples`; majority: maj@k, the share whose commonest answer is
-    right, the earliest of equally common ones counting; tokens: mean length; truncated: share cut off."""
+def summarise(records: list[dict], samples: int, ks: list[int] = (), answer_format: str = "boxed") -> dict[str, float]:
+    """Of `samples` consecutive records a problem.
+
+    accuracy: avg@k, the mean score; low, high: its 95 % interval, problems being drawn at random. pass@K for each of `ks`:
+    the probability that of K answers one is right, without the bias of trying just K (Chen et al., arXiv 2107.03374).
+    majority: maj@k, the share of problems whose commonest answer is right, the earliest of equally common ones; answers
+    that reward.settle finds equal are one. tokens: mean length; truncated: share cut off."""
     groups = [records[i:i + samples] for i in range(0, len(records), samples)]
-    means = [fmean(r["score"] for r in group) for group in groups]
+    low, high = interval([fmean(r["score"] for r in group) for group in groups])
+    right = [sum(r["score"] > 0 for r in group) for group in groups]
 
     def majority(group):
-        answers = [extract_answer(r["response"], answer_format) for r in group]
-        commonest = Counter(answers).most_common(1)[0][0]
-        return group[answers.index(commonest)]["score"]
+        votes = []   # [answer, score, count]
+        for r in group:
+            answer = extract_answer(r["response"], answer_format)
+            vote = next((v for v in votes if v[0] == answer or answer and v[0] and settle(answer, v[0])), None)
+            if vote is None:
+                votes.append(vote := [answer, r["score"], 0])
+            vote[2] += 1
+        return max(votes, key=lambda vote: vote[2])[1]
 
-    return {"accuracy": fmean(means), "half_width": 1.96 * stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0,
-            "pass": fmean(max(r["score"] for r in group) for group in groups),
+    return {"problems": len(groups), "accuracy": fmean(r["score"] for r in records), "low": low, "high": high,
+            **{f"pass@{k}": fmean(1 - math.comb(samples - c, k) / math.comb(samples, k) for c in right) for k in ks},
             "majority": fmean(majority(group) for group in groups),
             "tokens": fmean(r["tokens"] for r in records), "truncated": fmean(not r["finished"] for r in records)}
 
 
+def interval(means: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean over problems, each with its own mean score: Wilson's, which holds near 0 and 1 too, with
+    as many independent trials as would vary like these means; for scores that are no shares, the normal one."""
+    n, p = len(means), fmean(means)
+    spread, z = (variance(means) / n if n > 1 else 0.0), 1.959964
+    if min(means) < 0 or max(means) > 1:
+        return p - z * spread ** 0.5, p + z * spread ** 0.5
+    trials = p * (1 - p) / spread if spread else n
+    centre, width = p + z * z / (2 * trials), z * (p * (1 - p) / trials + (z / (2 * trials)) ** 2) ** 0.5
+    return tuple(max(0.0, min(1.0, (centre + side * width) / (1 + z * z / trials))) for side in (-1, 1))
+
+
 @dataclass
 class Options:
-    model: str = option("tiny", "folder in Hugging Face format, hub name, or tiny (the embedded default, untrained)")
-    data: str = option("tiny", "JSONL file of problems, or tiny (the embedded held-out ones)")
+    model: str = option("tiny", "folder in Hugging Face format, hub name, run of train.py, one of its checkpoints, or tiny "
+                        "(the embedded default, untrained)")
+    data: list[str] = option(["tiny"], "JSONL files of problems, or tiny (the embedded held-out ones)")
     demonstrations: str = option("tiny", "JSONL file of worked problems to draw demonstrations from, or tiny")
     shots: list[int] = option([0, 1], "numbers of demonstrations in the context, a row of the table each")
-    samples: int = option(1, "answers sampled for each problem (the k of avg@k, pass@k and maj@k)")
+    samples: int = option(1, "answers sampled for each problem (the k of avg@k and maj@k)")
+    k: list[int] = option([], "the k of pass@k, at most --samples (default: 1 and --samples)")
     limit: int = option(0, "use only the first so many problems; 0 uses all")
     temperature: float = option(1.0, "sampling temperature; 0 is greedy")
     top_p: float = option(1.0, "nucleus sampling: the likeliest tokens that reach this probability")
@@ -143,7 +177,8 @@ class Options:
     chat_template: bool = option(True, "put the tokenizer's chat template around the plain question")
     demo_chat_template: bool = option(True, "put it around demonstrations and question too")
     demo_min_chars: int = option(0, "leave out demonstrations with a shorter solution (the authors' release: 58)")
-    output: str = option("eval.jsonl", "file for every sample; an existing one is replaced")
+    output: str = option("", "file for every sample, and with .json for the table; what is there of the same settings is not "
+                         "sampled again (default: eval.jsonl, numbered if that holds another evaluation)")
     slots: int = option(0, "sequences that a process samples at the same time; 0 is as many as there are, but at most "
                         "256 and what fits in a third of the free memory")
     reward: str = option("", REWARD_HELP)
@@ -154,70 +189,185 @@ class Options:
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
 
 
+class Case(NamedTuple):
+    """A row of the table."""
+    data: str
+    shots: int
+    problems: list[Problem]
+    demonstrations: Demonstrations | None
+
+
 def prepare(options: Options):
     """Everything that may be wrong with the options or the data comes out here, as a ValueError."""
-    if min(options.shots) < 0 or options.samples < 1 or options.limit < 0:
-        raise ValueError(f"shots and limit must be at least 0 and samples at least 1, "
-                         f"not {options.shots}, {options.limit} and {options.samples}")
-    options.max_new_tokens = options.max_new_tokens or (48 if options.data == "tiny" else 2048)
-    problems = load_problems(embedded(options.data, "test.jsonl"))[:options.limit or None]
-    device = init_distributed(options.device)
-    model, tokenizer = load_model(embedded(options.model, "model"), device, DTYPES[options.dtype])
-    room = min(options.max_prompt_length, model.config.max_position - options.max_new_tokens)
-    builder = PromptBuilder(tokenizer, options.instruction, options.chat_template, options.demo_chat_template)
-    kept = [p for p in problems if len(builder.plain(p)) <= room]
-    pools = {}
-    for shots in sorted(set(options.shots) - {0}):   # every row of the table is over the same problems
-        pools[shots] = Demonstrations(load_problems(embedded(options.demonstrations, "demonstrations.jsonl"),
-                                                    needs=("solution",)), builder, shots, room, options.demo_min_chars)
-        kept = pools[shots].admit(kept)
-    if len(kept) < len(problems) and is_main():
-        print(f"left out: {len(problems) - len(kept)} of {len(problems)} problems, whose prompt passes {room} tokens")
-    if not kept:
-        raise ValueError(f"no problem is left: every prompt passes {room} tokens; raise --max-prompt-length "
-                         f"or lower --max-new-tokens or --shots")
-    return model, builder, kept, pools
+    o = options
+    if min(o.shots) < 0 or o.samples < 1 or o.limit < 0:
+        raise ValueError(f"shots and limit must be at least 0 and samples at least 1, not {o.shots}, {o.limit} and {o.samples}")
+    o.k = o.k or sorted({1, o.samples})
+    if not all(1 <= k <= o.samples for k in o.k):
+        raise ValueError(f"pass@k needs k from 1 to the number of samples, {o.samples}, not {o.k}")
+    for name, values in (("data", o.data), ("shots", o.shots)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name}: {', '.join(map(str, values))} names one twice")
+    o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
+    make_scorer(o.reward)
+    data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
+    device = init_distributed(o.device)
+    model, tokenizer = load_any_model(o.model, device, DTYPES[o.dtype])
+    room = min(o.max_prompt_length, model.config.max_position - o.max_new_tokens)
+    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
+    pools = {shots: Demonstrations(load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), needs=("solution",)),
+                                   builder, shots, room, o.demo_min_chars) for shots in sorted(set(o.shots) - {0})}
+    cases = []
+    for name, problems in data.items():
+        kept = [p for p in problems if len(builder.plain(p)) <= room]
+        for shots in pools:   # the rows of a data set are over the same problems
+            kept = pools[shots].admit(kept)
+        if len(kept) < len(problems) and is_main():
+            print(f"left out: {len(problems) - len(kept)} of {len(problems)} problems of {name}, whose prompt passes {room} tokens")
+        if not kept:
+            raise ValueError(f"no problem of {name} is left: every prompt passes {room} tokens; raise --max-prompt-length "
+                             f"or lower --max-new-tokens or --shots")
+        cases += [Case(name, shots, kept, pools.get(shots)) for shots in o.shots]
+    return model, builder, cases
 
 
-def run(options: Options, model, builder, problems, demonstrations, title: str) -> list[dict]:
-    """`evaluate` with a progress bar of this process's share, as far as it can be known before."""
-    o, tokens, started = options, 0, time.perf_counter()
-    with tqdm(total=-(-len(problems) * o.samples // world_size()), desc=title, unit="answer", disable=not is_main(),
+def load_any_model(path: str, device, dtype):
+    """load_model, also of a run of train.py (its final/, or else its newest checkpoint) and of one of its checkpoints."""
+    folder = Path(embedded(path, "model"))
+    if (folder / "final").is_dir():
+        return load_model(folder / "final", device, dtype)
+    if (folder / "config.yaml").is_file():
+        checkpoints = sorted((folder / "checkpoints").glob("step-*"), key=lambda each: int(each.name.removeprefix("step-")))
+        if not checkpoints:
+            raise ValueError(f"{folder} is a run that has written neither final/ nor a checkpoint yet")
+        folder = checkpoints[-1]
+        if is_main():
+            print(f"{path} is not finished: this is {folder.name}")
+    if not (folder / ".metadata").is_file():
+        return load_model(path if path != "tiny" else folder, device, dtype)
+    config = folder.parent.parent / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{folder} is a checkpoint, but there is no {config} that says of which model")
+    model, tokenizer = load_model(embedded(yaml.safe_load(config.read_text())["model"], "model"), device)
+    with warnings.catch_warnings():   # that one process needs no process group
+        warnings.simplefilter("ignore")
+        dcp.load({"model": model.state_dict()}, checkpoint_id=folder)   # into the model's own tensors
+    return model.to(dtype), tokenizer
+
+
+# What one evaluation may change and still be the same.
+FREE_ON_RESUME = {"data", "shots", "output", "slots", "device", "k"}
+
+
+def find_output(options: Options, cases: list[Case]) -> tuple[str, dict]:
+    """The file, and what open_output finds in it: --output, or the first of the default name with these settings or none."""
+    if options.output:
+        return options.output, open_output(options.output, options, cases)
+    for number in itertools.count(1):
+        output = "eval.jsonl" if number == 1 else f"eval-{number}.jsonl"
+        with contextlib.suppress(ValueError):
+            return output, open_output(output, options, cases)
+
+
+def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[str, int], list[dict]]:
+    """Records of whole problems that an earlier call with these settings has written; what it left half is dropped.
+    Raises ValueError where the file holds another evaluation."""
+    output, about = Path(output), Path(output).with_suffix(".json")
+    paths = [Path(embedded(options.model, "model")), Path(embedded(options.demonstrations, "demonstrations.jsonl")),
+             *(Path(embedded(case.data, "test.jsonl")) for case in cases)]
+    settings = {name: value for name, value in vars(options).items() if name not in FREE_ON_RESUME} | {
+        "changed": {str(path): max(f.stat().st_mtime_ns for f in (path, *path.glob("*"))) for path in paths if path.exists()}}
+    old = json.loads(about.read_text())["settings"] if about.is_file() else {}
+    lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
+    found = {}
+    for line in lines:
+        if line.endswith("\n"):   # a kill may have cut the last one short
+            record = json.loads(line)
+            found.setdefault((record["data"], record["shots"]), []).append(record)
+    found = {key: records[:len(records) // options.samples * options.samples] for key, records in found.items()}
+    if lines:
+        was = old.get("changed", {})
+        differing = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
+                     if name != "changed" and old.get(name) != value]
+        differing += [f"{path} has changed" for path, at in settings["changed"].items() if was.get(path, at) != at]
+        differing += [f"other problems of {case.data}" for case in cases if any(
+            record["id"] != problem.id for record, problem in
+            zip(found.get((case.data, case.shots), [])[::options.samples], case.problems))]
+        if differing:
+            raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give another --output, or delete it")
+        settings["changed"] = was | settings["changed"]
+    replace_file(output, "".join(json.dumps(record) + "\n" for records in found.values() for record in records))
+    replace_file(about, json.dumps({"settings": settings, "rows": []}, indent=1) + "\n")
+    return found
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Whatever happens meanwhile, the file is the old one or the new one."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def run(options: Options, model, builder, case: Case, records: list[dict]) -> list[dict]:
+    """The records of a row, those of its first problems being there already; what is new goes to the file bit by bit."""
+    o, scorer, size = options, make_scorer(options.reward, options.answer_format, options.verify_timeout), 64 * world_size()
+    title = f"{case.data}, {case.shots} shots"
+    with tqdm(total=len(case.problems) * o.samples, initial=len(records), desc=title, unit="answer", disable=not is_main(),
               leave=False) as bar:
-        def progress(ended: int, sampled: int) -> None:
-            nonlocal tokens
-            tokens += sampled
-            bar.update(ended)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+        follow = follow_tokens(lambda done, text: (bar.update(world_size() * done), bar.set_postfix_str(text, refresh=False)))
+        for first in range(len(records) // o.samples, len(case.problems), size):
+            part = evaluate(model, builder, case.problems[first:first + size], case.demonstrations, first=first,
+                            samples=o.samples, max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
+                            top_k=o.top_k, seed=o.seed, slots=o.slots, scorer=scorer, progress=follow)
+            part = [{"data": case.data, "shots": case.shots, "temperature": o.temperature} | record for record in part]
+            records = records + part
+            if is_main():
+                with open(o.output, "a") as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in part))
+    return records
 
-        return evaluate(model, builder, problems, demonstrations, samples=o.samples, max_new_tokens=o.max_new_tokens,
-                        temperature=o.temperature, top_p=o.top_p, top_k=o.top_k, seed=o.seed, slots=o.slots,
-                        scorer=make_scorer(o.reward, o.answer_format, o.verify_timeout), progress=progress)
+
+def follow_tokens(say):
+    """What `generate` calls while it runs, for say(sequences that have just ended, tokens per second so far)."""
+    tokens, started = 0, time.perf_counter()
+
+    def progress(ended: int, sampled: int) -> None:
+        nonlocal tokens
+        tokens += sampled
+        say(ended, f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    return progress
 
 
 def main() -> None:
-    options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
-    rows, written = [], []
+    o = options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     try:
-        model, builder, problems, pools = prepare(options)
-        for shots in options.shots:
-            records = run(options, model, builder, problems, pools.get(shots), f"{shots} shots")
-            rows.append((shots, summarise(records, options.samples, options.answer_format)))
-            written += [{"shots": shots, **record} for record in records]
+        model, builder, cases = prepare(options)
+        o.output, found = on_main(lambda: find_output(options, cases))
+        rows = []
+        for case in cases:
+            records = run(options, model, builder, case, found.get((case.data, case.shots), [])[:len(case.problems) * o.samples])
+            rows.append({"data": case.data, "shots": case.shots} | summarise(records, o.samples, o.k, o.answer_format))
     except (ValueError, RewardError) as error:
         if is_main():
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if is_main():
+            print(f"\ninterrupted; what was sampled is in {o.output or 'eval.jsonl'}, and the same command goes on from there", file=sys.stderr)
+        os._exit(130)   # at once: other processes may wait for this one
     if is_main():
-        k = options.samples
-        print(f"{options.model} on {options.data}: {len(problems)} problems, {k} samples each, "
-              f"temperature {options.temperature}")
-        print(f"{'shots':>5} {f'avg@{k}':>16} {f'pass@{k}':>9} {f'maj@{k}':>9} {'tokens':>8} {'truncated':>10}")
-        for shots, s in rows:
-            print(f"{shots:>5} {s['accuracy']:>8.1%} ± {s['half_width']:<5.1%} {s['pass']:>9.1%} {s['majority']:>9.1%} "
-                  f"{s['tokens']:>8.1f} {s['truncated']:>10.1%}")
-        Path(options.output).write_text("".join(json.dumps(record) + "\n" for record in written))
-        print(f"every sample: {options.output}")
+        print(f"{o.model}, {o.samples} sample{'s' * (o.samples > 1)} a problem, temperature {o.temperature:g}")
+        width = max(len(row["data"]) for row in rows) + 1
+        print(f"{'data':<{width}}{'shots':>5}{'problems':>10}{f'avg@{o.samples}':>9}{'95 % interval':>17}"
+              + "".join(f"{f'pass@{k}':>9}" for k in o.k) + f"{f'maj@{o.samples}':>9}{'tokens':>9}{'truncated':>11}")
+        for r in rows:
+            print(f"{r['data']:<{width}}{r['shots']:>5}{r['problems']:>10}{r['accuracy']:>9.1%}"
+                  + f"{r['low']:.1%} to {r['high']:.1%}".rjust(17) + "".join(f"{r[f'pass@{k}']:>9.1%}" for k in o.k)
+                  + f"{r['majority']:>9.1%}{r['tokens']:>9.1f}{r['truncated']:>11.1%}")
+        about = Path(o.output).with_suffix(".json")
+        replace_file(about, json.dumps(json.loads(about.read_text()) | {"rows": rows}, indent=1) + "\n")
+        print(f"every sample: {o.output}; this table: {about}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

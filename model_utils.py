@@ -680,6 +680,18 @@ def gather_objects(mine) -> list:
     return everyone
 
 
+def on_main(function):
+    """What `function` returns on rank 0, on every process; a ValueError of it is raised on every process."""
+    try:
+        outcome = function() if is_main() else None
+    except ValueError as error:
+        outcome = error
+    outcome = gather_objects(outcome)[0]
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP may have sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

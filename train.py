@@ -50,12 +50,12 @@ from tqdm import tqdm
 
 from curves import draw
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems, normalise
-from eval import (ANSWER_HELP, DTYPES, REWARD_HELP, did_you_mean, embedded, evaluate, make_parser, make_scorer, option,
-                  parse)
+from eval import (ANSWER_HELP, DTYPES, REWARD_HELP, did_you_mean, embedded, evaluate, follow_tokens, make_parser, make_scorer,
+                  option, parse, replace_file)
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
 from model_utils import (Packing, Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
-                         load_model, pack, rank, response_logprobs, save_model, shard, spread_out,
+                         load_model, on_main, pack, rank, response_logprobs, save_model, shard, spread_out,
                          world_size, wrap_blocks)
 from reward import FORMATS, RewardError
 from rollout import Sampler, Work, choose_slots, generate, spread
@@ -280,18 +280,6 @@ class Run:
     stop: signal.Signals | None = None  # received: this step is the last one
 
 
-def on_main(function):
-    """What `function` returns on rank 0, on every process; a ValueError of it is raised on every process."""
-    try:
-        outcome = function() if is_main() else None
-    except ValueError as error:
-        outcome = error
-    outcome = gather_objects(outcome)[0]
-    if isinstance(outcome, ValueError):
-        raise outcome
-    return outcome
-
-
 def choose_folder(options: Options) -> tuple[Path, dict | None]:
     """The run's folder, and its saved settings if it is to be resumed. Never one that holds a run, unless resuming."""
     if options.output_dir:
@@ -466,13 +454,6 @@ def write_settings(run: Run) -> None:
         # A kill may have cut the last line short; it is of a step after the checkpoint, as the others dropped here.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start]
         replace_file(file, "".join(kept))
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Whatever happens meanwhile, the file is the old one or the new one."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
-    aside.replace(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -740,6 +721,8 @@ def update(run: Run, rows: list[Response], sampled_by_it: bool) -> dict[str, flo
                                               "places", "padding", "shared")}
     totals |= {"ratio_max": [0.0, "max"], "logprob_gap": [0.0, "max"]}
     if run.device.type == "cpu":   # in one piece: scattered among the first micro-batch's tensors they would pin its memory
+        with contextlib.suppress(AttributeError):   # another C library
+            ctypes.CDLL(None).malloc_trim(0)        # what the rollout has left goes back
         for parameter in run.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
     for micro in micros:
@@ -805,16 +788,15 @@ def combine(totals: dict[str, list]) -> dict[str, float]:
 
 def follow(say, total: int):
     """What `generate` calls while it runs: says, ten times a second, how many sequences have finished, and tokens/s."""
-    started = said = time.perf_counter()
-    done = tokens = 0
+    said, done = time.perf_counter(), 0
 
-    def progress(ended: int, sampled: int) -> None:
-        nonlocal done, tokens, said
-        done, tokens, now = done + ended, tokens + sampled, time.perf_counter()
-        if now - said > 0.1:
-            said = now
-            say(f"sampling {done}/{total}, {tokens / (now - started):,.0f} tokens/s")
-    return progress
+    def report(ended: int, speed: str) -> None:
+        nonlocal said, done
+        done += ended
+        if time.perf_counter() - said > 0.1:
+            said = time.perf_counter()
+            say(f"sampling {done}/{total}, {speed}")
+    return follow_tokens(report)
 
 
 def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:

@@ -35,7 +35,7 @@ def make_pair(rng: random.Random) -> tuple[str, str]:
              (rf"{a}\sqrt{{{c}}}", rf"\sqrt{{{a * a * c}}}"), (f"x^2+{a}x-{b}", f"-{b}+{a}x+x^2"),
              (rf"\left({a}, {b}\right]", f"({a},{b}]"), (f"{b}, {a}", f"{a}, {b}"), (rf"{a}\pi", rf"\pi \cdot {a}"),
              (rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}", rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}"),
-             (rf"x = {a}", str(a)), (rf"{a}^\circ", str(a)), (rf"\text{{even}}", "even")]
+             (rf"x = {a}", str(a)), (rf"{a}^\circ", str(a)), (r"\text{even}", "even")]
     given, answer = rng.choice(kinds[:4] if rng.random() < 0.5 else kinds[4:])
     if rng.random() < 1 / 3:
         given = given.replace(str(a), str(a + 1)) if str(a) in given else str(b)

@@ -1,16 +1,20 @@
 import json
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import curves
+import train
 from data import Demonstrations, PromptBuilder, load_problems
-from eval import Options, evaluate, prepare, summarise
+from eval import Options, evaluate, interval, load_any_model, prepare, summarise
 from model_utils import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,10 +35,18 @@ def test_summary_by_hand():
     records = [record(1.0, "7"), record(0.0, "5"), record(0.0, "5", finished=False, tokens=20), record(1.0, "7.0"),   # 5 wins
                record(1.0, "3"), record(1.0, "3"), record(0.0, "4"), record(1.0, "3"),
                record(0.0, "1"), record(0.0, "2"), record(0.0, "3"), record(0.0, "4")]
-    summary = summarise(records, samples=4)
-    # Problem means 1/2, 3/4 and 0: mean 5/12, standard deviation 0.3819.
-    assert summary == pytest.approx({"accuracy": 5 / 12, "half_width": 1.96 * 0.381881 / 3 ** 0.5, "pass": 2 / 3,
-                                     "majority": 1 / 3, "tokens": 130 / 12, "truncated": 1 / 12}, rel=1e-4)
+    summary = summarise(records, samples=4, ks=[1, 2, 4])
+    # Right are 2, 3 and 0 of 4: of two answers none is with probability 2/4·1/3, 0 and 1. 7 and 7.0 are one answer, as common
+    # as 5 and before it. Problem means 1/2, 3/4, 0 vary as 5/12·7/12 / (0.145833/3) = 5 trials would: Wilson's interval.
+    assert summary == pytest.approx({"problems": 3, "accuracy": 5 / 12, "low": 0.12589, "high": 0.77985, "pass@1": 5 / 12,
+                                     "pass@2": (5 / 6 + 1 + 0) / 3, "pass@4": 2 / 3, "majority": 2 / 3, "tokens": 130 / 12,
+                                     "truncated": 1 / 12}, rel=1e-4)
+
+
+@pytest.mark.parametrize("means, low, high", [   # of Wilson's interval for 0 and 10 of 10; the normal one for other scores
+    ([0.0] * 10, 0.0, 0.2775), ([1.0] * 10, 0.7225, 1.0), ([3.0, 5.0], 4 - 1.96, 4 + 1.96), ([0.5], 0.0546, 0.9454)])
+def test_interval(means, low, high):
+    assert interval(means) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_an_earlier_of_two_equally_common_answers_is_the_majority():
@@ -68,9 +80,10 @@ def test_an_evaluation_depends_on_seed_and_problem_alone(embedded):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(data="nowhere.jsonl"), "no data file at nowhere.jsonl"), (dict(model="./nowhere"), "no model at './nowhere'"),
-    (dict(shots=[0, -1]), "at least 0"), (dict(samples=0), "at least 1"),
-    (dict(max_prompt_length=5), "no problem is left: every prompt passes 5 tokens")])
+    (dict(data=["nowhere.jsonl"]), "no data file at nowhere.jsonl"), (dict(model="./nowhere"), "no model at './nowhere'"),
+    (dict(shots=[0, -1]), "at least 0"), (dict(samples=0), "at least 1"), (dict(k=[2]), "k from 1 to the number of samples, 1"),
+    (dict(data=["tiny", "tiny"]), "names one twice"), (dict(reward="gone.py:f"), "names no file"),
+    (dict(max_prompt_length=5), "no problem of tiny is left: every prompt passes 5 tokens")])
 def test_mistakes(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare(Options(**change))
@@ -83,14 +96,62 @@ def test_the_command(tmp_path, processes):
                str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "1", "--limit", "12"]
     done = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True)
     table = [line.split() for line in done.stdout.splitlines()[1:4]]
-    assert table[0] == ["shots", "avg@1", "pass@1", "maj@1", "tokens", "truncated"]
+    assert table[0] == ["data", "shots", "problems", "avg@1", "95", "%", "interval", "pass@1", "maj@1", "tokens", "truncated"]
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [row["shots"] for row in rows] == [0] * 12 + [1] * 12
     for line, part in zip(table[1:], (rows[:12], rows[12:])):
-        assert line[1] == f"{sum(row['score'] for row in part) / 12:.1%}"
+        assert line[3] == f"{sum(row['score'] for row in part) / 12:.1%}"
     model, tokenizer = load_model(TINY / "model")
     alone = evaluate(model, PromptBuilder(tokenizer), load_problems(TINY / "test.jsonl")[:12], max_new_tokens=48)
     assert [row["response"] for row in rows[:12]] == [row["response"] for row in alone]
+
+
+def command(tmp_path, *arguments, **more):
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "--limit", "100", "--samples", "2", *map(str, arguments)],
+                          cwd=tmp_path, text=True, capture_output=True, **more)
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
+    """From a file that ends in the middle of a problem, and of a line; other settings and a changed model are refused."""
+    whole = command(tmp_path, "--shots", 0, check=True).stdout
+    text = (tmp_path / "eval.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:151]) + lines[151][:20])
+    again = command(tmp_path, "--shots", 0, check=True)
+    assert (tmp_path / "eval.jsonl").read_text() == text and again.stdout == whole
+    more = command(tmp_path, "--shots", 0, 1, check=True)   # another row: only that is sampled
+    assert (tmp_path / "eval.jsonl").read_text().startswith(text) and whole.splitlines()[2] in more.stdout
+    assert len(json.loads((tmp_path / "eval.json").read_text())["rows"]) == 2
+    assert "eval-2.jsonl" in command(tmp_path, "--shots", 0, "--seed", 1, "--limit", 4, check=True).stdout
+    refused = command(tmp_path, "--shots", 0, "--seed", 1, "--output", "eval.jsonl")
+    assert refused.returncode == 2 and "holds another evaluation (seed: 0, not 1)" in refused.stderr
+    assert (tmp_path / "eval.jsonl").read_text().startswith(text)
+
+
+def test_ctrl_c(tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "eval.jsonl").is_file() or not (tmp_path / "eval.jsonl").stat().st_size:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "goes on from there" in said and "Traceback" not in said
+    assert (tmp_path / "eval.jsonl").read_text().count("\n") % 6_400 == 0
+
+
+def test_runs_and_checkpoints(tmp_path):
+    """A run is its final/, or without that its newest checkpoint."""
+    train.train(train.prepare(["--batch-size", "2", "--n-on", "2", "--steps", "2", "--checkpoint-every", "1", "--eval-every", "0",
+                               "--learning-rate", "1e-3", "--output-dir", str(tmp_path / "run")]))
+    weights = {name: load_any_model(str(tmp_path / "run" / name), "cpu", torch.float32)[0].state_dict()
+               for name in ("", "final", "checkpoints/step-1", "checkpoints/step-2")}
+    same = {name: all(torch.equal(weights[name][key], weights["final"][key]) for key in weights["final"]) for name in weights}
+    assert same == {"": True, "final": True, "checkpoints/step-2": True, "checkpoints/step-1": False}
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert torch.equal(load_any_model(str(tmp_path / "run"), "cpu", torch.float32)[0].head, weights["final"]["model.embed_tokens.weight"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="neither final/ nor a checkpoint"):
+        load_any_model(str(tmp_path / "run"), "cpu", torch.float32)
 
 
 def test_curves(tmp_path):

@@ -290,6 +290,17 @@ def test_moments_in_bfloat16(tmp_path):
                for name, tensor in weights_of(tmp_path / "whole").items())
 
 
+def test_a_reward_of_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text("def short(responses, problems):\n    return [1 / len(text) for text in responses]\n"
+                                     "def wrong(responses, problems):\n    return [len(problems[0].gone)]\n")
+    run = trainer.prepare([*SMALL, "--reward", f"{tmp_path}/own.py:short", "--errs", "false", "--output-dir", str(tmp_path / "a")])
+    metrics, rows = trainer.train_step(run, 0, lambda phase: None)
+    assert all(row.reward == 1 / len(row.text) for row in rows) and metrics["verify_timeouts"] == 0
+    done = torchrun(*SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir", tmp_path / "b", check=False)
+    assert done.returncode and f"{tmp_path}/own.py, line 4, in wrong: AttributeError" in done.stderr
+    assert "When it is mended, go on with: torchrun train.py --resume" in done.stderr
+
+
 def test_rounding_at_random_keeps_the_mean():
     x = torch.full((100_000,), 1 + 2 ** -9)   # a quarter of the way from 1 to the next bfloat16
     rounded = trainer.round_at_random(x, seed=0)

@@ -165,6 +165,9 @@ class Options:
     data: list[str] = option(["tiny"], "JSONL files of problems, or tiny (the embedded held-out ones)")
     demonstrations: str = option("tiny", "JSONL file of worked problems to draw demonstrations from, or tiny")
     shots: list[int] = option([0, 1], "numbers of demonstrations in the context, a row of the table each")
+    compare_shots: bool = option(False, "the paper's pilot study, which says whether ICPO can help this model: compare answers "
+                                 "without and with demonstrations, and at raised --temperatures, in words and a picture")
+    temperatures: list[float] = option([1.2, 1.5], "those of --compare-shots")
     samples: int = option(1, "answers sampled for each problem (the k of avg@k and maj@k)")
     k: list[int] = option([], "the k of pass@k, at most --samples (default: 1 and --samples)")
     limit: int = option(0, "use only the first so many problems; 0 uses all")
@@ -195,6 +198,16 @@ class Case(NamedTuple):
     shots: int
     problems: list[Problem]
     demonstrations: Demonstrations | None
+    temperature: float
+    again: bool = False   # a second draw, with random numbers of its own
+
+    @property
+    def key(self) -> tuple:
+        return self.data, self.shots, self.temperature, self.again
+
+
+def key_of(record: dict) -> tuple:
+    return record["data"], record["shots"], record["temperature"], record.get("again", False)
 
 
 def prepare(options: Options):
@@ -208,6 +221,9 @@ def prepare(options: Options):
     for name, values in (("data", o.data), ("shots", o.shots)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name}: {', '.join(map(str, values))} names one twice")
+    if o.compare_shots and (o.shots[0] != 0 or len(o.shots) != 2 or o.temperature in o.temperatures or min(o.temperatures) <= 0):
+        raise ValueError(f"--compare-shots compares --shots 0 with one other number, and with --temperatures above 0 other than "
+                         f"{o.temperature:g}; they are {o.shots} and {o.temperatures}")
     o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
     make_scorer(o.reward)
     data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
@@ -227,7 +243,9 @@ def prepare(options: Options):
         if not kept:
             raise ValueError(f"no problem of {name} is left: every prompt passes {room} tokens; raise --max-prompt-length "
                              f"or lower --max-new-tokens or --shots")
-        cases += [Case(name, shots, kept, pools.get(shots)) for shots in o.shots]
+        cases += [Case(name, shots, kept, pools.get(shots), o.temperature) for shots in o.shots]
+        if o.compare_shots:
+            cases += [Case(name, 0, kept, None, temperature, again=True) for temperature in [o.temperature, *sorted(o.temperatures)]]
     return model, builder, cases
 
 
@@ -256,7 +274,7 @@ def load_any_model(path: str, device, dtype):
 
 
 # What one evaluation may change and still be the same.
-FREE_ON_RESUME = {"data", "shots", "output", "slots", "device", "k"}
+FREE_ON_RESUME = {"data", "shots", "output", "slots", "device", "k", "temperature", "temperatures", "compare_shots"}
 
 
 def find_output(options: Options, cases: list[Case]) -> tuple[str, dict]:
@@ -283,7 +301,7 @@ def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[
     for line in lines:
         if line.endswith("\n"):   # a kill may have cut the last one short
             record = json.loads(line)
-            found.setdefault((record["data"], record["shots"]), []).append(record)
+            found.setdefault(key_of(record), []).append(record)
     found = {key: records[:len(records) // options.samples * options.samples] for key, records in found.items()}
     if lines:
         was = old.get("changed", {})
@@ -292,7 +310,7 @@ def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[
         differing += [f"{path} has changed" for path, at in settings["changed"].items() if was.get(path, at) != at]
         differing += [f"other problems of {case.data}" for case in cases if any(
             record["id"] != problem.id for record, problem in
-            zip(found.get((case.data, case.shots), [])[::options.samples], case.problems))]
+            zip(found.get(case.key, [])[::options.samples], case.problems))]
         if differing:
             raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give another --output, or delete it")
         settings["changed"] = was | settings["changed"]
@@ -311,15 +329,16 @@ def replace_file(file: Path, text: str) -> None:
 def run(options: Options, model, builder, case: Case, records: list[dict]) -> list[dict]:
     """The records of a row, those of its first problems being there already; what is new goes to the file bit by bit."""
     o, scorer, size = options, make_scorer(options.reward, options.answer_format, options.verify_timeout), 64 * world_size()
-    title = f"{case.data}, {case.shots} shots"
+    title = f"{case.data}, {case.shots} shots, temperature {case.temperature:g}"
+    label = {"data": case.data, "shots": case.shots, "temperature": case.temperature} | ({"again": True} if case.again else {})
     with tqdm(total=len(case.problems) * o.samples, initial=len(records), desc=title, unit="answer", disable=not is_main(),
               leave=False) as bar:
         follow = follow_tokens(lambda done, text: (bar.update(world_size() * done), bar.set_postfix_str(text, refresh=False)))
         for first in range(len(records) // o.samples, len(case.problems), size):
             part = evaluate(model, builder, case.problems[first:first + size], case.demonstrations, first=first,
-                            samples=o.samples, max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
-                            top_k=o.top_k, seed=o.seed, slots=o.slots, scorer=scorer, progress=follow)
-            part = [{"data": case.data, "shots": case.shots, "temperature": o.temperature} | record for record in part]
+                            samples=o.samples, max_new_tokens=o.max_new_tokens, temperature=case.temperature, top_p=o.top_p,
+                            top_k=o.top_k, seed=o.seed + 2 ** 31 * case.again, slots=o.slots, scorer=scorer, progress=follow)
+            part = [label | record for record in part]
             records = records + part
             if is_main():
                 with open(o.output, "a") as file:
@@ -338,6 +357,30 @@ def follow_tokens(say):
     return progress
 
 
+def compare_shots(o: Options, cases: list[Case], found: dict, rows: list[dict]) -> dict:
+    """Print what demonstrations change, and draw it; returns it for the file of the table."""
+    import pilot
+    results, by_key = [], {case.key: row for case, row in zip(cases, rows)}
+    print(f"\nAgainst the plain answers at temperature {o.temperature:g}:")
+    for name in o.data:
+        plain, steered = (name, 0, o.temperature, False), (name, o.shots[1], o.temperature, False)
+        others = {"0 shots again": (name, 0, o.temperature, True), **{f"temperature {t:g}": (name, 0, t, True)
+                  for t in sorted(o.temperatures)}, f"{o.shots[1]} shot{'s' * (o.shots[1] > 1)}": steered}
+        changes = {label: pilot.compare(found[plain], found[key], o.samples) for label, key in others.items()}
+        for label, c in changes.items():
+            print(f"{name}, {label:<16} accuracy {100 * c['difference']:+.1f} points ({100 * c['difference_low']:+.1f} to "
+                  f"{100 * c['difference_high']:+.1f}), edit distance {c['distance']:.2f}, {c['gained']:.1%} turn right, "
+                  f"{c['lost']:.1%} turn wrong")
+        right = [any(r["score"] >= 1 for r in found[steered][i:i + o.samples]) for i in range(0, len(found[steered]), o.samples)]
+        results.append({"data": name, "plain": by_key[plain], "steered": by_key[steered], "changes": changes,
+                        "verdict": pilot.verdict(name, o.shots[1], by_key[plain], by_key[steered], changes[list(changes)[-1]],
+                                                 fmean(right), {t: changes[f"temperature {t:g}"] for t in o.temperatures})})
+    picture = Path(o.output).with_suffix(".png")
+    pilot.draw(results, picture)
+    print("", *(result["verdict"] for result in results), f"picture: {picture}", sep="\n")
+    return {"comparison": results}
+
+
 def main() -> None:
     o = options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
@@ -346,8 +389,9 @@ def main() -> None:
         o.output, found = on_main(lambda: find_output(options, cases))
         rows = []
         for case in cases:
-            records = run(options, model, builder, case, found.get((case.data, case.shots), [])[:len(case.problems) * o.samples])
-            rows.append({"data": case.data, "shots": case.shots} | summarise(records, o.samples, o.k, o.answer_format))
+            found[case.key] = run(o, model, builder, case, found.get(case.key, [])[:len(case.problems) * o.samples])
+            rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
+                        | summarise(found[case.key], o.samples, o.k, o.answer_format))
     except (ValueError, RewardError) as error:
         if is_main():
             print(f"eval.py: error: {error}", file=sys.stderr)
@@ -357,16 +401,17 @@ def main() -> None:
             print(f"\ninterrupted; what was sampled is in {o.output or 'eval.jsonl'}, and the same command goes on from there", file=sys.stderr)
         os._exit(130)   # at once: other processes may wait for this one
     if is_main():
-        print(f"{o.model}, {o.samples} sample{'s' * (o.samples > 1)} a problem, temperature {o.temperature:g}")
+        print(f"{o.model}, {o.samples} sample{'s' * (o.samples > 1)} a problem")
         width = max(len(row["data"]) for row in rows) + 1
-        print(f"{'data':<{width}}{'shots':>5}{'problems':>10}{f'avg@{o.samples}':>9}{'95 % interval':>17}"
+        print(f"{'data':<{width}}{'shots':>5}{'temperature':>13}{'problems':>10}{f'avg@{o.samples}':>9}{'95 % interval':>17}"
               + "".join(f"{f'pass@{k}':>9}" for k in o.k) + f"{f'maj@{o.samples}':>9}{'tokens':>9}{'truncated':>11}")
         for r in rows:
-            print(f"{r['data']:<{width}}{r['shots']:>5}{r['problems']:>10}{r['accuracy']:>9.1%}"
+            print(f"{r['data']:<{width}}{r['shots']:>5}{r['temperature']:>13g}{r['problems']:>10}{r['accuracy']:>9.1%}"
                   + f"{r['low']:.1%} to {r['high']:.1%}".rjust(17) + "".join(f"{r[f'pass@{k}']:>9.1%}" for k in o.k)
                   + f"{r['majority']:>9.1%}{r['tokens']:>9.1f}{r['truncated']:>11.1%}")
         about = Path(o.output).with_suffix(".json")
-        replace_file(about, json.dumps(json.loads(about.read_text()) | {"rows": rows}, indent=1) + "\n")
+        extra = compare_shots(o, cases, found, rows) if o.compare_shots else {}
+        replace_file(about, json.dumps(json.loads(about.read_text()) | {"rows": rows} | extra, indent=1) + "\n")
         print(f"every sample: {o.output}; this table: {about}")
     if dist.is_initialized():
         dist.destroy_process_group()

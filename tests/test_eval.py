@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import curves
+import pilot
 import train
 from data import Demonstrations, PromptBuilder, load_problems
 from eval import Options, evaluate, interval, load_any_model, prepare, summarise
@@ -96,11 +97,11 @@ def test_the_command(tmp_path, processes):
                str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "1", "--limit", "12"]
     done = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True)
     table = [line.split() for line in done.stdout.splitlines()[1:4]]
-    assert table[0] == ["data", "shots", "problems", "avg@1", "95", "%", "interval", "pass@1", "maj@1", "tokens", "truncated"]
+    assert table[0] == ["data", "shots", "temperature", "problems", "avg@1", "95", "%", "interval", "pass@1", "maj@1", "tokens", "truncated"]
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [row["shots"] for row in rows] == [0] * 12 + [1] * 12
     for line, part in zip(table[1:], (rows[:12], rows[12:])):
-        assert line[3] == f"{sum(row['score'] for row in part) / 12:.1%}"
+        assert line[4] == f"{sum(row['score'] for row in part) / 12:.1%}"
     model, tokenizer = load_model(TINY / "model")
     alone = evaluate(model, PromptBuilder(tokenizer), load_problems(TINY / "test.jsonl")[:12], max_new_tokens=48)
     assert [row["response"] for row in rows[:12]] == [row["response"] for row in alone]
@@ -152,6 +153,27 @@ def test_runs_and_checkpoints(tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ValueError, match="neither final/ nor a checkpoint"):
         load_any_model(str(tmp_path / "run"), "cpu", torch.float32)
+
+
+def test_what_demonstrations_change():
+    plain, steered = ([{"score": score, "response": text} for score, text in pairs] for pairs in (
+        [(0.0, "abcd"), (1.0, "ab"), (0.0, ""), (0.0, "x")], [(1.0, "abxd"), (0.0, "abcd"), (1.0, "y"), (0.0, "x")]))
+    change = pilot.compare(plain, steered, samples=2)
+    # Distances 1/4, 2/4, 1/1 and 0; per problem the score changes by 0 and 1/2.
+    assert change == {"difference": 0.25, "difference_low": 0.0, "difference_high": 0.5, "distance": 1.75 / 4,
+                      "gained": 0.5, "lost": 0.25}
+
+
+def test_compare_shots(tmp_path):
+    done = command(tmp_path, "--compare-shots", "--temperatures", 1.4, "--samples", 1, check=True)
+    assert "they help, and ICPO" in done.stdout and (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    result, = json.loads((tmp_path / "eval.json").read_text())["comparison"]
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    plain, steered = ([row["score"] for row in rows if (row["shots"], "again" in row) == (shots, False)] for shots in (0, 1))
+    assert result["changes"]["1 shot"]["difference"] == pytest.approx((sum(steered) - sum(plain)) / 100)
+    assert list(result["changes"]) == ["0 shots again", "temperature 1.4", "1 shot"]
+    refused = command(tmp_path, "--compare-shots", "--shots", 1, 2)
+    assert refused.returncode == 2 and "compares --shots 0 with one other number" in refused.stderr
 
 
 def test_curves(tmp_path):

@@ -35,8 +35,8 @@ START_SECONDS = 120          # for a worker to import sympy on a busy machine
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_UNBRACED = re.compile(r"[^\s${}]+")
-_SPACE = re.compile(r"\s+(?=\W)|(?<=\W)(?<![0-9],)\s+")   # beside what is no letter or digit; 1, 234 is not 1,234
+_UNBRACED = re.compile(r"(?:[^\s${}]|\{[^\s${}]*\})+")
+_SPACE = re.compile(r" (?=\W)|(?<=\W)(?<![0-9],) ")   # beside what is no letter or digit; 1, 234 is not 1,234
 _SIZE = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}|[0-9]{1,999})"   # Python refuses integers of 4,300 digits
 _DECIMAL = re.compile(rf"([+-]?)(?:({_DIGITS})\.?([0-9]{{0,999}})|\.([0-9]{{1,999}}))")
@@ -79,7 +79,7 @@ def tidy(answer: str) -> str:
     """The answer without what changes only how it looks: $, \\left and \\right, \\dfrac for \\frac, spaces that separate
     nothing."""
     answer = _SIZE.sub("", answer.strip().strip("$")).replace("{,}", ",").replace("\\!", "")
-    return _SPACE.sub("", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)).strip()
+    return _SPACE.sub("", " ".join(re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer).split()))
 
 
 def _number(text: str) -> tuple[Fraction, bool] | None:

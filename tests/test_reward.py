@@ -51,6 +51,7 @@ def verdict(given: str, answer: str) -> bool:
     (r"$\boxed 5$ apples", "5"),
     (r"\boxed5.", "5"),
     (r"\boxed\frac12$", r"\frac12"),
+    (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
     (r"\boxed{1 \boxed{2}}", "2"),                         # a box inside a box
     (r"\boxed{}", ""),
     (r"\boxed{7", None),
@@ -129,6 +130,12 @@ numbers = whole.map(str) | decimals | fractions | whole.map("{:,}".format)
 expressions = st.recursive(numbers | st.sampled_from(["x", "y", r"\pi"]), lambda parts: st.one_of(
     st.tuples(parts, parts).map(" + ".join), parts.map(r"\sqrt{{{}}}".format), parts.map(r"\left( {} \right)".format),
     st.tuples(parts, parts).map(lambda pair: rf"\dfrac{{{pair[0]}}}{{{pair[1]}}}")), max_leaves=4)
+
+
+@pytest.mark.parametrize("given, answer", [("4 2", "42"), ("4  2", "42"), ("4 \n 2", "42"), ("x  y", "xy"), ("1, 234", "1,234"),
+                                           (r"\pi  x", r"\pix"), (r"\leftarrow", "arrow")])
+def test_spaces_that_separate_stay(given, answer):
+    assert not settle(given, answer) and not settle(answer, given)
 
 
 @settings(max_examples=200, deadline=None)

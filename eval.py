@@ -221,9 +221,10 @@ def prepare(options: Options):
     for name, values in (("data", o.data), ("shots", o.shots)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name}: {', '.join(map(str, values))} names one twice")
-    if o.compare_shots and (o.shots[0] != 0 or len(o.shots) != 2 or o.temperature in o.temperatures or min(o.temperatures) <= 0):
-        raise ValueError(f"--compare-shots compares --shots 0 with one other number, and with --temperatures above 0 other than "
-                         f"{o.temperature:g}; they are {o.shots} and {o.temperatures}")
+    if o.compare_shots and (o.shots[0] != 0 or len(o.shots) != 2 or o.temperature in o.temperatures
+                            or min(o.temperatures, default=1) <= 0):
+        raise ValueError(f"--compare-shots compares --shots 0 with one other number, and with --temperatures above 0 other "
+                         f"than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
     o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
     make_scorer(o.reward)
     data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
@@ -239,13 +240,15 @@ def prepare(options: Options):
         for shots in pools:   # the rows of a data set are over the same problems
             kept = pools[shots].admit(kept)
         if len(kept) < len(problems) and is_main():
-            print(f"left out: {len(problems) - len(kept)} of {len(problems)} problems of {name}, whose prompt passes {room} tokens")
+            print(f"left out: {len(problems) - len(kept)} of {len(problems)} problems of {name}, whose prompt passes {room} "
+                  f"tokens")
         if not kept:
             raise ValueError(f"no problem of {name} is left: every prompt passes {room} tokens; raise --max-prompt-length "
                              f"or lower --max-new-tokens or --shots")
         cases += [Case(name, shots, kept, pools.get(shots), o.temperature) for shots in o.shots]
         if o.compare_shots:
-            cases += [Case(name, 0, kept, None, temperature, again=True) for temperature in [o.temperature, *sorted(o.temperatures)]]
+            cases += [Case(name, 0, kept, None, temperature, again=True)
+                      for temperature in [o.temperature, *sorted(o.temperatures)]]
     return model, builder, cases
 
 
@@ -291,12 +294,17 @@ def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[
     """Records of whole problems that an earlier call with these settings has written; what it left half is dropped.
     Raises ValueError where the file holds another evaluation."""
     output, about = Path(output), Path(output).with_suffix(".json")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {output.absolute().parent} for --output")
     paths = [Path(embedded(options.model, "model")), Path(embedded(options.demonstrations, "demonstrations.jsonl")),
-             *(Path(embedded(case.data, "test.jsonl")) for case in cases)]
+             *(Path(embedded(case.data, "test.jsonl")) for case in cases), Path(options.reward.rpartition(":")[0])]
     settings = {name: value for name, value in vars(options).items() if name not in FREE_ON_RESUME} | {
-        "changed": {str(path): max(f.stat().st_mtime_ns for f in (path, *path.glob("*"))) for path in paths if path.exists()}}
-    old = json.loads(about.read_text())["settings"] if about.is_file() else {}
+        "changed": {str(path): max(f.stat().st_mtime_ns for f in (path, *path.glob("*")))
+                    for path in paths if path.name and path.exists()}}
     lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
+    if lines and not about.is_file():
+        raise ValueError(f"{output} is there, but no {about} that says of what evaluation it is: give another --output")
+    old = json.loads(about.read_text())["settings"] if about.is_file() else {}
     found = {}
     for line in lines:
         if line.endswith("\n"):   # a kill may have cut the last one short
@@ -392,13 +400,17 @@ def main() -> None:
             found[case.key] = run(o, model, builder, case, found.get(case.key, [])[:len(case.problems) * o.samples])
             rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
                         | summarise(found[case.key], o.samples, o.k, o.answer_format))
-    except (ValueError, RewardError) as error:
+    except ValueError as error:
         if is_main():
             print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RewardError, OSError) as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        os._exit(1)   # at once: other processes may wait for this one
     except KeyboardInterrupt:
         if is_main():
-            print(f"\ninterrupted; what was sampled is in {o.output or 'eval.jsonl'}, and the same command goes on from there", file=sys.stderr)
+            print(f"\ninterrupted; what was sampled is in {o.output or 'eval.jsonl'}, and the same command goes on from there",
+                  file=sys.stderr)
         os._exit(130)   # at once: other processes may wait for this one
     if is_main():
         print(f"{o.model}, {o.samples} sample{'s' * (o.samples > 1)} a problem")

@@ -36,18 +36,18 @@ def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, sol
     """What it means for training with ICPO, in words. solved: share of problems with a right steered answer."""
     interval = f"{100 * change['difference_low']:+.1f} to {100 * change['difference_high']:+.1f} points"
     name = f"{shots} demonstration{'s' * (shots > 1)} in the context"
+    text = f"On {data}, {name} moved the accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({interval}): "
     if change["difference_low"] > 0:
-        text = (f"On {data}, {name} moved the accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({interval}): they help, and ICPO "
-                f"has right answers to learn from that plain sampling gives less often.")
+        text += "they help, and ICPO has right answers to learn from that plain sampling gives less often."
     elif change["difference_high"] < 0:
-        text = (f"On {data}, {name} moved the accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({interval}): they do harm, and ICPO "
-                f"should not be expected to help this model; try other demonstrations.")
+        text += "they do harm, and ICPO should not be expected to help this model; try other demonstrations."
     else:
-        text = (f"On {data}, {plain['accuracy']:.1%} without and {steered['accuracy']:.1%} with {name} cannot be told apart ({interval}, "
-                f"{plain['problems']} problems): whether ICPO helps is open; more problems or samples would narrow it down.")
-    text += f" ERRS would accept {steered['accuracy']:.1%} of the answers with demonstrations, at least one to {solved:.1%} of the problems."
-    best = max(hotter, key=lambda t: hotter[t]["gained"], default=None)
-    if best is not None:
+        text += (f"with {plain['problems']} problems the two cannot be told apart, and whether ICPO helps is open; more problems "
+                 f"or samples would narrow it down.")
+    text += (f" ERRS would accept {steered['accuracy']:.1%} of the answers with demonstrations, at least one to {solved:.1%} of "
+             f"the problems.")
+    if hotter:
+        best = max(hotter, key=lambda temperature: hotter[temperature]["gained"])
         text += (f" {change['gained']:.1%} of the plain answers turn from wrong to right, and {hotter[best]['gained']:.1%} at "
                  f"temperature {best:g} instead.")
     return text
@@ -56,21 +56,22 @@ def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, sol
 def draw(results: list[dict], output: Path) -> None:
     """A PNG. results: for each data set its name, the rows of the table (plain and steered) and the changes by name."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    names, width = [result["data"] for result in results], 0.38
-    for side, (kind, colour) in enumerate((("plain", COLOURS[0]), ("steered", COLOURS[1]))):
+    names, width = [Path(result["data"]).stem for result in results], 0.38
+    for side, kind in enumerate(("plain", "steered")):
         rows = [result[kind] for result in results]
-        axes[0].bar([i + (side - 0.5) * width for i in range(len(rows))], [row["accuracy"] for row in rows], width, color=colour,
-                    label=f"{rows[0]['shots']} shots", yerr=list(zip(*((row["accuracy"] - row["low"], row["high"] - row["accuracy"])
-                                                                       for row in rows))), capsize=4)
-    axes[0].set(title="Accuracy, with 95 % intervals", ylabel="share right", ylim=(0, 1.25), yticks=[i / 5 for i in range(6)], xticks=range(len(names)))
-    axes[0].set_xticklabels([Path(name).stem for name in names])
-    for axis, title, kinds in ((axes[1], "Edit distance to the plain answers", [("distance", "", "-")]),
-                               (axes[2], "Answers that flip", [("gained", ", wrong to right", "-"), ("lost", ", right to wrong", "--")])):
-        for result, colour, marker in zip(results, COLOURS * len(results), "osD^v<>" * len(results)):
+        errors = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
+        axes[0].bar([i + (side - 0.5) * width for i in range(len(rows))], [row["accuracy"] for row in rows], width,
+                    yerr=errors, capsize=4, color=COLOURS[side], label=f"{rows[0]['shots']} shots")
+    axes[0].set(title="Accuracy, with 95 % intervals", ylabel="share right", ylim=(0, 1.25), yticks=[i / 5 for i in range(6)],
+                xticks=range(len(names)), xticklabels=names)
+    for axis, title, kinds in (
+            (axes[1], "Edit distance to the plain answers", [("distance", "", "-")]),
+            (axes[2], "Answers that flip", [("gained", ", wrong to right", "-"), ("lost", ", right to wrong", "--")])):
+        for name, result, colour, marker in zip(names, results, COLOURS * len(names), "osD^v<>" * len(names)):
+            changes = result["changes"]
             for kind, label, line in kinds:
-                changes = result["changes"]
-                axis.plot([name.replace(" ", "\n") for name in changes], [change[kind] for change in changes.values()], line, color=colour, marker=marker,
-                          label=Path(result["data"]).stem + label)
+                axis.plot([each.replace(" ", "\n") for each in changes], [change[kind] for change in changes.values()], line,
+                          color=colour, marker=marker, label=name + label)
         axis.set(title=title, ylabel="share", ylim=(-0.02, None))
     for axis in axes:
         axis.grid(alpha=0.3, axis="y")

@@ -24,6 +24,7 @@ PANELS = [("eval_accuracy", "Held-out accuracy, 0 shots", "share right"),
           ("response_length", "Response length, on-policy", "tokens"),
           ("grad_norm", "Gradient norm before clipping", "")]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]   # Okabe and Ito: safe for the colour-blind
+STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3))]
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -48,17 +49,23 @@ def draw(runs: list[Path], output: Path) -> None:
         metrics = read_metrics(run)
         config = run / "config.yaml"
         method = yaml.safe_load(config.read_text())["method"] if config.is_file() else run.name
-        methods.setdefault(method, []).append(metrics)
+        methods.setdefault(method.upper(), []).append(metrics)
+    draw_groups(methods, PANELS, Path(output))
+
+
+def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]], output: Path) -> None:
+    """A panel for each (metric, title, unit), in it a line for each group of runs, their mean, in a band from the lowest to
+    the highest. A PNG."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
-    for axis, (name, title, unit) in zip(axes.flat, PANELS):
-        for colour, (method, group) in zip(COLOURS * len(methods), methods.items()):
+    for axis, (name, title, unit) in zip(axes.flat, panels):
+        for style, colour, (label, group) in zip(STYLES * len(groups), COLOURS * len(groups), groups.items()):
             lines = [series(metrics, name) for metrics in group]
             steps = sorted(set.intersection(*(set(line) for line in lines)))
             if not steps:
                 continue
             columns = [[line[step] for line in lines] for step in steps]
-            label = f"{method.upper()}, {len(group)} seeds" if len(group) > 1 else method.upper()
-            axis.plot(steps, [sum(column) / len(column) for column in columns], color=colour, label=label,
+            label += f", {len(group)} seeds" if len(group) > 1 else ""
+            axis.plot(steps, [sum(column) / len(column) for column in columns], linestyle=style, color=colour, label=label,
                       marker="o" if len(steps) < 25 else None, markersize=3)
             axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.2, lw=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
@@ -69,7 +76,9 @@ def draw(runs: list[Path], output: Path) -> None:
             axis.legend()
         else:
             axis.text(0.5, 0.5, "none sampled", transform=axis.transAxes, ha="center", color="grey")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
 

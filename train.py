@@ -226,7 +226,8 @@ def resolve(options: Options) -> Options:
                  "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps", "max_skipped"):
         _require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
     for name in ("n_off", "slots", "shard_size", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every",
-                 "log_questions", "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k", "eval_temperature"):
+                 "log_questions", "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k",
+                 "eval_temperature"):
         _require(getattr(o, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(o, name)}")
     for name in ("learning_rate", "grad_clip", "temperature", "verify_timeout", "shaping_lambda"):
         _require(getattr(o, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(o, name)}")
@@ -821,8 +822,8 @@ def train_step(run: Run, step: int, say) -> tuple[dict, list[Response]]:
                for part in range(o.batch_size // size)]
     ended = time.perf_counter()
 
-    s = combine(describe(rows) | {"verify_timeouts": [run.counts.pop("timeouts", 0), "sum"]} | {name: [value, "max" if name.endswith("seconds") else "sum"]
-                                  for name, value in asdict(run.sampler.work).items()})
+    work = {name: [value, "max" if name.endswith("seconds") else "sum"] for name, value in asdict(run.sampler.work).items()}
+    s = combine(describe(rows) | work | {"verify_timeouts": [run.counts.pop("timeouts", 0), "sum"]})
     mean = {name: fmean(u[name] for u in updates) for name in updates[0]}
     per = lambda total, count: total / count if count else None   # noqa: E731  (null in the file: there were none)
     return {

@@ -77,8 +77,8 @@ def test_extract_answer(response, expected):
 def test_other_formats(answer_format, response, expected):
     assert extract_answer(response, answer_format) == expected
     assert score([response], ["4"], answer_format=answer_format) == [float(expected == "4")]
-    assert score([response], ["2 + 2 is 4\n#### 4"], answer_format=answer_format) == [
-        float(expected == "4" and answer_format == "gsm8k")]
+    if answer_format == "gsm8k":   # whose references are worked solutions
+        assert score([response], ["2 + 2 is 4\n#### 4"], answer_format=answer_format) == [float(expected == "4")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

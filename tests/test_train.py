@@ -293,7 +293,8 @@ def test_moments_in_bfloat16(tmp_path):
 def test_a_reward_of_ones_own(tmp_path):
     (tmp_path / "own.py").write_text("def short(responses, problems):\n    return [1 / len(text) for text in responses]\n"
                                      "def wrong(responses, problems):\n    return [len(problems[0].gone)]\n")
-    run = trainer.prepare([*SMALL, "--reward", f"{tmp_path}/own.py:short", "--errs", "false", "--output-dir", str(tmp_path / "a")])
+    run = trainer.prepare([*SMALL, "--reward", f"{tmp_path}/own.py:short", "--errs", "false",
+                           "--output-dir", str(tmp_path / "a")])
     metrics, rows = trainer.train_step(run, 0, lambda phase: None)
     assert all(row.reward == 1 / len(row.text) for row in rows) and metrics["verify_timeouts"] == 0
     done = torchrun(*SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir", tmp_path / "b", check=False)

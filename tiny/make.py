@@ -1,7 +1,8 @@
 """Makes the embedded default: problems, worked demonstrations, tokenizer and a small model. All of it is made, not found.
 
     python tiny/make.py                       # rewrites this folder, in about 20 minutes on one core
-    python tiny/make.py --output-dir /tmp/t --worked-share 0.2      # one where plain sampling often works problems out
+    python tiny/make.py --output-dir often --worked-share 0.2      # one where plain sampling often works problems out
+    python tiny/make.py --output-dir often --worked-share 0.2 --init tiny/model --steps 100      # the same, in a minute or two
 
 ICPO needs a model that can do more with a worked example in its context than without. This script trains one that has
 this property in small. A problem is a sum of 5 to 8 one-digit numbers; a worked solution writes the running sums. A
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DEMO_SEPARATOR, INSTRUCTION, Problem, PromptBuilder
-from model_utils import ModelConfig, Transformer, save_model, token_logprobs
+from model_utils import ModelConfig, Transformer, load_model, save_model, token_logprobs
 from rollout import generate
 
 OPENING = "Adding up: "   # of a worked solution; one token, so that answering at once or not is one choice
@@ -140,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path(__file__).resolve().parent, help="folder to write (default: this one)")
+    add("--init", type=Path, help="folder of a model to continue from, instead of new weights")
     add("--seed", type=int, default=0, help="of problems, weights and training documents")
     add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch-size", type=int, default=64, help="documents a step")
@@ -172,11 +174,14 @@ def main() -> None:
         num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         architectures=["Qwen3ForCausalLM"])
-    model = Transformer(ModelConfig.from_hf(hf_config))
-    model.hf_config = hf_config
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
+    if settings.init:
+        model, _ = load_model(settings.init)
+    else:
+        model = Transformer(ModelConfig.from_hf(hf_config))
+        model.hf_config = hf_config
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     train(model, builder, settings, settings.terms, held_out)
     for shots in (0, 1, 2):

@@ -1,0 +1,225 @@
+"""Trains every system of the paper on the embedded default, with several seeds, and draws and compares what came out.
+
+    python benchmarks/reproduce.py                      # the systems, five seeds each, in two settings
+    python benchmarks/reproduce.py --sweep              # the choices that the paper leaves open, too
+    python benchmarks/reproduce.py --quick              # everything once, with few steps and seeds
+
+The settings are two models made from the embedded one: of `rare` plain sampling almost never finds the good solution
+(exploration is the bottleneck), of `often` it often does. As many runs go at once as there are cores, one thread each. What is
+done is skipped, what was stopped goes on. The output folder holds the runs, results.md and the pictures.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+matplotlib.use("Agg")   # no screen needed
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from curves import COLOURS, draw_groups, read_metrics, series   # noqa: E402
+from tiny.make import make_problems, write_jsonl   # noqa: E402
+
+SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
+SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo", "ICPO†": "--method icpo-rs",
+           "ICPO† − ERRS": "--method icpo --errs false"}
+SAME = {"ICPO† − RS": "ICPO", "ICPO† − IEF": "GRPO"}   # by the paper's own definitions
+SWEEP = {name: f"--method icpo-rs {options}" for name, options in {
+    "denominator 1": "--off-policy-denominator one", "λ = 0.1": "--shaping-lambda 0.1",
+    "denominator 1, λ = 0.1": "--off-policy-denominator one --shaping-lambda 0.1", "append": "--group append --n-on 7",
+    "no off-policy clip": "--clip-off-policy false", "k = 0": "--num-demonstrations 0", "k = 2": "--num-demonstrations 2",
+    "N_off = 2": "--n-off 2", "N_off = 4": "--n-off 4", "α = 0.5": "--alpha 0.5", "α = 2": "--alpha 2"}.items()}
+PANELS = [("reward_on", "Training reward, on-policy", "share right"), ("eval_accuracy", "Held-out accuracy", "share right"),
+          ("entropy", "Entropy of the policy", "nats a token"), ("errs_accept_rate", "Accepted by ERRS", "share right"),
+          ("response_length", "Response length, on-policy", "tokens")]
+MEASURES = {"end": "accuracy at the end", "mean": "mean accuracy of all evaluations", "longer": "accuracy on longer problems"}
+
+
+@dataclass
+class Job:
+    setting: str
+    name: str
+    seed: int
+    options: str
+    folder: Path
+
+
+def run(command: list[str], log: Path) -> None:
+    """Raises RuntimeError with the end of what it said where the command fails."""
+    with log.open("a") as file:
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} failed (the whole of it: {log}):\n{log.read_text()[-1500:]}")
+
+
+def make_setting(folder: Path, share: str, steps: int) -> None:
+    """The model of a setting, in folder/model."""
+    if not (folder / "model" / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        run(["tiny/make.py", "--init", "tiny/model", "--steps", str(steps), "--learning-rate", "5e-4", "--worked-share", share,
+             "--output-dir", str(folder)], folder / "make.log")
+
+
+def finish(job: Job, steps: int) -> None:
+    """Train it and evaluate what comes out, as far as that is not done."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    log, started = job.folder.with_suffix(".log"), time.time()
+    if not (job.folder / "final").is_dir():
+        run(["train.py", *job.options.split(), "--model", str(job.folder.parent.parent / "model"), "--seed", str(job.seed),
+             "--steps", str(steps), "--output-dir", str(job.folder), *(["--resume"] if job.folder.is_dir() else [])], log)
+    if not (job.folder / "final").is_dir():
+        return   # stopped by Ctrl-C, which train.py answers with a checkpoint
+    if not (job.folder / "longer.json").is_file():
+        run(["eval.py", "--model", str(job.folder), "--data", str(job.folder.parents[2] / "longer.jsonl"), "--shots", "0",
+             "--max-new-tokens", "96", "--output", str(job.folder / "longer.jsonl")], log)
+    with (job.folder / "seconds").open("a") as file:
+        file.write(f"{time.time() - started:.1f}\n")
+
+
+def measure(folder: Path) -> dict[str, float]:
+    accuracy = series(read_metrics(folder), "eval_accuracy")
+    return {"end": accuracy[max(accuracy)], "mean": fmean(accuracy.values()),
+            "longer": json.loads((folder / "longer.json").read_text())["rows"][0]["accuracy"]}
+
+
+def bootstrap(values: list[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % bootstrap interval."""
+    values = np.array(values)
+    means = values[np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))].mean(1)
+    return values.mean(), *np.quantile(means, [0.025, 0.975])
+
+
+def table_of(results: dict[str, dict[int, dict]]) -> list[str]:
+    """In Markdown, a row a system."""
+    lines = ["| system | " + " | ".join(MEASURES.values()) + " |", "|---" * (1 + len(MEASURES)) + "|"]
+    for name, runs in results.items():
+        cells = [bootstrap([values[measure] for values in runs.values()]) for measure in MEASURES]
+        lines.append(f"| {name} | " + " | ".join(f"{100 * m:.1f} ({100 * a:.1f} to {100 * b:.1f})" for m, a, b in cells) + " |")
+    return lines
+
+
+def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]:
+    """What differs from the baseline, seed by seed, in words."""
+    lines = []
+    for name, runs in results.items():
+        if runs is not results[baseline]:
+            parts = []
+            for measure, text in MEASURES.items():
+                seeds = sorted(runs.keys() & results[baseline].keys())
+                mean, low, high = bootstrap([runs[seed][measure] - results[baseline][seed][measure] for seed in seeds])
+                word = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+                parts.append(f"{text} {word} ({100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f})")
+            lines.append(f"- {name} against {baseline}: " + "; ".join(parts) + ".")
+    return lines
+
+
+def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> None:
+    """Every measure of every system, with its interval."""
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 0.9 + 0.36 * len(results)), layout="constrained", sharey=True)
+    for axis, (measure, text) in zip(axes, MEASURES.items()):
+        for row, (name, runs) in enumerate(results.items()):
+            mean, low, high = bootstrap([values[measure] for values in runs.values()])
+            axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=COLOURS[row % len(COLOURS)])
+            axis.plot([values[measure] for values in runs.values()], [row] * len(runs), "|", color="grey", zorder=0)
+        axis.set(title=text, xlabel="share right", yticks=range(len(results)), yticklabels=list(results))
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output-dir", type=Path, help="folder of runs and results (default: runs/reproduce, with --quick runs/reproduce-quick)")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: both)")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
+    add("--sweep", action="store_true", help="train the variants of ICPO† that the paper leaves open, too")
+    add("--seeds", type=int, help="runs of each (default: 5, with --quick 2)")
+    add("--steps", type=int, help="training steps of each (default: 60, with --quick 10)")
+    add("--model-steps", type=int, default=150, help="optimiser steps that make a setting's model (default: %(default)s)")
+    add("--processes", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
+    add("--quick", action="store_true", help="see everything once")
+    o = parser.parse_args()
+    o.seeds, o.steps = o.seeds or (2 if o.quick else 5), o.steps or (10 if o.quick else 60)
+    o.output_dir = (o.output_dir or ROOT / "runs" / ("reproduce-quick" if o.quick else "reproduce")).absolute()
+    o.output_dir.mkdir(parents=True, exist_ok=True)
+    if not (o.output_dir / "longer.jsonl").is_file():
+        write_jsonl(o.output_dir / "longer.jsonl", make_problems(Random("longer problems"), 256, (9, 12), set()))
+    systems = {name: SYSTEMS[name] for name in o.systems}
+    variants = SWEEP if o.sweep or o.quick else {}
+    jobs = [Job(setting, name, seed, options, o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
+            for seed in range(o.seeds) for setting in o.settings for name, options in (systems | variants).items()]
+    started, failed = time.time(), []
+    pool = ThreadPoolExecutor(o.processes)
+    try:
+        with tqdm(total=len(o.settings) + len(jobs), unit="run") as bar:
+            made = [pool.submit(make_setting, o.output_dir / setting, SETTINGS[setting], o.model_steps) for setting in o.settings]
+            for each in made:
+                each.result()
+                bar.update()
+            futures = [pool.submit(finish, job, o.steps) for job in jobs]
+            for future, job in zip(futures, jobs):
+                bar.set_postfix_str(f"{job.setting}, {job.name}, seed {job.seed}")
+                try:
+                    future.result()
+                except RuntimeError as error:
+                    failed.append(str(error))
+                    tqdm.write(f"\n{error}\n", file=sys.stderr)
+                bar.update()
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        sys.exit("\nstopped; the same command goes on from here")
+    except RuntimeError as error:
+        pool.shutdown(cancel_futures=True)
+        sys.exit(str(error))
+    report(o, systems, variants, jobs, time.time() - started)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(jobs)} runs failed, see above; the same command tries them again")
+
+
+def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) -> None:
+    """results.md and the pictures, of the runs that are done."""
+    lines = [f"{o.seeds} seeds, {o.steps} steps; mean over seeds (95 % bootstrap interval), in per cent; this call took {seconds:,.0f} s."]
+    for setting in o.settings:
+        done = {}
+        for job in jobs:
+            if job.setting == setting and (job.folder / "longer.json").is_file():
+                done.setdefault(job.name, {})[job.seed] = job.folder
+        results = {name: {seed: measure(folder) for seed, folder in runs.items()} for name, runs in done.items()}
+        table = {name: results[name] for name in systems if name in results}
+        table |= {f"{name} (the runs of {same})": results[same] for name, same in SAME.items() if same in table}
+        made = [line for line in (o.output_dir / setting / "make.log").read_text().splitlines() if "shots:" in line]
+        lines += ["", f"## {setting}", "", "The model before training: " + "; ".join(" ".join(line.split()) for line in made) + ".", ""]
+        lines += table_of(table)
+        for baseline in ("GRPO", "ICPO†"):
+            lines += ["", *differences(table, baseline)] if baseline in table else []
+        draw_groups({name: [read_metrics(folder) for folder in done[name].values()] for name in systems if name in done}, PANELS,
+                    o.output_dir / f"{setting}-curves.png")
+        draw_bars(table, f"Setting '{setting}'", o.output_dir / f"{setting}-systems.png")
+        swept = {name: results[name] for name in ("ICPO†", *variants) if name in results}
+        if len(swept) > 1:
+            lines += ["", "### Choices, each a change of ICPO†", "", *table_of(swept), "", *differences(swept, "ICPO†")]
+            draw_bars(swept, f"Setting '{setting}': changes of ICPO†", o.output_dir / f"{setting}-sweep.png")
+    (o.output_dir / "results.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"\nresults and pictures: {o.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

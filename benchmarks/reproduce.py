@@ -6,7 +6,8 @@
 
 The settings are two models made from the embedded one: of `rare` plain sampling almost never finds the good solution
 (exploration is the bottleneck), of `often` it often does. As many runs go at once as there are cores, one thread each. What is
-done is skipped, what was stopped goes on. The output folder holds the runs, results.md and the pictures.
+done is skipped, what was stopped goes on. The output folder holds the runs, results.md, the pictures, and in each setting's
+folder its model and what demonstrations change in that model's answers (pilot.png).
 """
 
 import argparse
@@ -37,11 +38,12 @@ SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo", "ICPO†": "--method icpo-rs",
            "ICPO† − ERRS": "--method icpo --errs false"}
 SAME = {"ICPO† − RS": "ICPO", "ICPO† − IEF": "GRPO"}   # by the paper's own definitions
-SWEEP = {name: f"--method icpo-rs {options}" for name, options in {
+CHOICES = {name: f"--method icpo-rs {options}" for name, options in {
     "denominator 1": "--off-policy-denominator one", "λ = 0.1": "--shaping-lambda 0.1",
     "denominator 1, λ = 0.1": "--off-policy-denominator one --shaping-lambda 0.1", "append": "--group append --n-on 7",
     "no off-policy clip": "--clip-off-policy false", "k = 0": "--num-demonstrations 0", "k = 2": "--num-demonstrations 2",
     "N_off = 2": "--n-off 2", "N_off = 4": "--n-off 4", "α = 0.5": "--alpha 0.5", "α = 2": "--alpha 2"}.items()}
+CHOICES["LUFFY, λ = 0.01"] = "--method luffy --shaping-lambda 0.01"
 PANELS = [("reward_on", "Training reward, on-policy", "share right"), ("eval_accuracy", "Held-out accuracy", "share right"),
           ("entropy", "Entropy of the policy", "nats a token"), ("errs_accept_rate", "Accepted by ERRS", "share right"),
           ("response_length", "Response length, on-policy", "tokens")]
@@ -67,11 +69,15 @@ def run(command: list[str], log: Path) -> None:
 
 
 def make_setting(folder: Path, share: str, steps: int) -> None:
-    """The model of a setting, in folder/model."""
+    """The model of a setting, in folder/model, and what demonstrations change in its answers: folder/pilot.png."""
     if not (folder / "model" / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         run(["tiny/make.py", "--init", "tiny/model", "--steps", str(steps), "--learning-rate", "5e-4", "--worked-share", share,
              "--output-dir", str(folder)], folder / "make.log")
+    if not (folder / "pilot.png").is_file():   # an evaluation goes on by itself, and where it is done it only draws
+        run(["eval.py", "--compare-shots", "--model", str(folder / "model"), "--data", str(folder / "test.jsonl"),
+             str(folder.parent / "longer.jsonl"), "--demonstrations", str(folder / "demonstrations.jsonl"),
+             "--max-new-tokens", "96", "--output", str(folder / "pilot.jsonl")], folder / "pilot.log")
 
 
 def finish(job: Job, steps: int) -> None:
@@ -128,14 +134,18 @@ def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]
 
 
 def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> None:
-    """Every measure of every system, with its interval."""
+    """A bar for every measure of every system, with its interval and its runs."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 0.9 + 0.36 * len(results)), layout="constrained", sharey=True)
     for axis, (measure, text) in zip(axes, MEASURES.items()):
         for row, (name, runs) in enumerate(results.items()):
-            mean, low, high = bootstrap([values[measure] for values in runs.values()])
-            axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color=COLOURS[row % len(COLOURS)])
-            axis.plot([values[measure] for values in runs.values()], [row] * len(runs), "|", color="grey", zorder=0)
-        axis.set(title=text, xlabel="share right", yticks=range(len(results)), yticklabels=list(results))
+            values = [100 * values[measure] for values in runs.values()]
+            mean, low, high = bootstrap(values)
+            axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)
+            axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], capsize=3, color="black", linewidth=1)
+            axis.plot(values, [row] * len(values), "|", color="black", alpha=0.5, markersize=5)
+            axis.annotate(f"{mean:.1f}", (max(high, *values), row), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.set(title=text, xlabel="% right", yticks=range(len(results)), yticklabels=list(results))
+        axis.set_xlim(0, 112)   # with room for the figures
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     figure.suptitle(title)
@@ -149,7 +159,7 @@ def main() -> None:
     add("--output-dir", type=Path, help="folder of runs and results (default: runs/reproduce, with --quick runs/reproduce-quick)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: both)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
-    add("--sweep", action="store_true", help="train the variants of ICPO† that the paper leaves open, too")
+    add("--sweep", action="store_true", help="train with the choices that the paper leaves open, too")
     add("--seeds", type=int, help="runs of each (default: 5, with --quick 2)")
     add("--steps", type=int, help="training steps of each (default: 60, with --quick 10)")
     add("--model-steps", type=int, default=100, help="optimiser steps that make a setting's model (default: %(default)s)")
@@ -162,7 +172,7 @@ def main() -> None:
     if not (o.output_dir / "longer.jsonl").is_file():
         write_jsonl(o.output_dir / "longer.jsonl", make_problems(Random("longer problems"), 256, (9, 12), set()))
     systems = {name: SYSTEMS[name] for name in o.systems}
-    variants = SWEEP if o.sweep or o.quick else {}
+    variants = CHOICES if o.sweep or o.quick else {}
     jobs = [Job(setting, name, seed, options, o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
             for seed in range(o.seeds) for setting in o.settings for name, options in (systems | variants).items()]
     started, failed = time.time(), []
@@ -206,6 +216,8 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         table |= {f"{name} (the runs of {same})": results[same] for name, same in SAME.items() if same in table}
         made = [line for line in (o.output_dir / setting / "make.log").read_text().splitlines() if "shots:" in line]
         lines += ["", f"## {setting}", "", "The model before training: " + "; ".join(" ".join(line.split()) for line in made) + ".", ""]
+        pilot = json.loads((o.output_dir / setting / "pilot.json").read_text())["comparison"]
+        lines += [*(f"- {each['verdict']}".replace(f"{o.output_dir}/", "") for each in pilot), ""]
         lines += table_of(table)
         for baseline in ("GRPO", "ICPO†"):
             lines += ["", *differences(table, baseline)] if baseline in table else []
@@ -214,8 +226,9 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         draw_bars(table, f"Setting '{setting}'", o.output_dir / f"{setting}-systems.png")
         swept = {name: results[name] for name in ("ICPO†", *variants) if name in results}
         if len(swept) > 1:
-            lines += ["", "### Choices, each a change of ICPO†", "", *table_of(swept), "", *differences(swept, "ICPO†")]
-            draw_bars(swept, f"Setting '{setting}': changes of ICPO†", o.output_dir / f"{setting}-sweep.png")
+            title = f"Choices in '{setting}', with ICPO† where no other is named"
+            lines += ["", f"### {title}", "", *table_of(swept), "", *differences(swept, "ICPO†")]
+            draw_bars(swept, title, o.output_dir / f"{setting}-sweep.png")
     (o.output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nresults and pictures: {o.output_dir}")

@@ -45,3 +45,24 @@ def test_the_script_makes_the_same_from_the_same_seed(tmp_path):
         a, b, c = ((tmp_path / run / name).read_bytes() for run in "abc")
         assert a == b and (name == "model/tokenizer.json") == (a == c)
     assert {json.loads(line)["problem"].count("+") for line in (tmp_path / "c" / "train.jsonl").open()} == {1, 2}
+
+
+def test_problems_alone_in_a_form_of_ones_own(tmp_path):
+    make(tmp_path, "--only-problems", "--terms", "2", "2", "--largest", "6", "--question", "What is {sum}?", "--solution",
+         r"{worked}, so \boxed{{total}}.", "--train-size", "20")
+    assert not (tmp_path / "model").exists()
+    problems = [p for name in ("train", "test", "demonstrations") for p in load_problems(tmp_path / f"{name}.jsonl", ("solution",))]
+    assert len({p.problem for p in problems}) == 33
+    for p in problems:
+        a, b = map(int, re.fullmatch(r"What is ([1-6])\+([1-6])\?", p.problem).groups())
+        assert p.answer == str(a + b) and p.solution == rf"{a}+{b}={a + b}, so \boxed{{{a + b}}}."
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--only-problems", "--terms", "2", "2", "--largest", "5"], "33 different sums are asked for, and there are 25"),
+    (["--only-problems", "--question", "What?"], "--question needs {sum}"),
+    (["--largest", "20"], "are for --only-problems")])
+def test_what_cannot_be_made_is_refused_and_nothing_written(tmp_path, options, said):
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        make(tmp_path / "out", *options)
+    assert said in raised.value.stderr and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
     python tiny/make.py                       # rewrites this folder, in about 20 minutes on one core
     python tiny/make.py --output-dir often --worked-share 0.2      # one where plain sampling often works problems out
+    python tiny/make.py --output-dir sums --only-problems      # problems alone, to train a model of your own on
     python tiny/make.py --output-dir often --worked-share 0.2 --init tiny/model --steps 100      # the same, in a minute or two
 
 ICPO needs a model that can do more with a worked example in its context than without. This script trains one that has
@@ -32,6 +33,7 @@ from model_utils import ModelConfig, Transformer, load_model, save_model, token_
 from rollout import generate
 
 OPENING = "Adding up: "   # of a worked solution; one token, so that answering at once or not is one choice
+QUESTION, SOLUTION = "{sum}", OPENING + r"{worked} \boxed{{total}}"
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
                  "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -52,20 +54,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
                                    pad_token="<|end|>", chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
 
 
-def make_problem(rng: random.Random, lengths: tuple[int, int]) -> Problem:
-    numbers = [rng.randint(1, 9) for _ in range(rng.randint(*lengths))]
+def make_problem(rng: random.Random, lengths: tuple[int, int], largest: int = 9, question: str = QUESTION,
+                 solution: str = SOLUTION) -> Problem:
+    numbers = [rng.randint(1, largest) for _ in range(rng.randint(*lengths))]
     worked, total = str(numbers[0]), numbers[0]
     for number in numbers[1:]:
         total += number
         worked += f"+{number}={total}"
-    return Problem("+".join(map(str, numbers)), str(total), f"{OPENING}{worked} \\boxed{{{total}}}")
+    return Problem(question.replace("{sum}", "+".join(map(str, numbers))), str(total),
+                   solution.replace("{worked}", worked).replace("{total}", str(total)))
 
 
-def make_problems(rng: random.Random, count: int, lengths: tuple[int, int], taken: set[str]) -> list[Problem]:
-    """`count` different problems, none of them in `taken`, to which they are added."""
+def make_problems(rng: random.Random, count: int, lengths: tuple[int, int], taken: set[str], **form) -> list[Problem]:
+    """`count` different problems, none of them in `taken`, to which they are added; `form` as of make_problem."""
     problems = []
     while len(problems) < count:
-        problem = make_problem(rng, lengths)
+        problem = make_problem(rng, lengths, **form)
         if problem.problem not in taken:
             taken.add(problem.problem)
             problems.append(problem)
@@ -150,22 +154,38 @@ def main() -> None:
     add("--continued-share", type=float, default=0.2, help="share of them worked out without loss on the opening")
     add("--quick-right", type=float, default=0.2, help="share of right answers among those given at once")
     add("--terms", type=int, nargs=2, default=(5, 8), help="fewest and most numbers in a sum")
+    add("--largest", type=int, default=9, help="largest number in a sum")
+    add("--question", default=QUESTION, help="text of a problem (default: %(default)s)")
+    add("--solution", default=SOLUTION, help="text of a worked solution (default: %(default)s)")
+    add("--only-problems", action="store_true", help="make no model: problems and demonstrations for one of your own")
     add("--train-size", type=int, default=2000, help="problems to train on")
     add("--test-size", type=int, default=256, help="held-out problems")
     add("--demonstrations", type=int, default=200, help="worked demonstrations")
     settings = parser.parse_args()
+    wanted = settings.test_size + settings.train_size + settings.demonstrations
+    there_are = sum(settings.largest ** count for count in range(settings.terms[0], settings.terms[1] + 1))
+    if wanted > there_are:
+        parser.error(f"{wanted} different sums are asked for, and there are {there_are}")
+    if "{sum}" not in settings.question or "{total}" not in settings.solution:
+        parser.error(f"--question needs {{sum}} and --solution {{total}}, not {settings.question!r} and {settings.solution!r}")
+    form = {"largest": settings.largest, "question": settings.question, "solution": settings.solution}
+    if not settings.only_problems and form != {"largest": 9, "question": QUESTION, "solution": SOLUTION}:
+        parser.error("--largest, --question and --solution are for --only-problems: the model made here knows its own alone")
 
     start = time.time()
     torch.manual_seed(settings.seed)
     rng = random.Random(f"problems {settings.seed}")
-    test = make_problems(rng, settings.test_size, settings.terms, held_out := set())
+    test = make_problems(rng, settings.test_size, settings.terms, held_out := set(), **form)
     taken = set(held_out)   # the model never sees a held-out problem, here or later
-    training = make_problems(rng, settings.train_size, settings.terms, taken)
-    demonstrations = make_problems(rng, settings.demonstrations, settings.terms, taken)
+    training = make_problems(rng, settings.train_size, settings.terms, taken, **form)
+    demonstrations = make_problems(rng, settings.demonstrations, settings.terms, taken, **form)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     write_jsonl(settings.output_dir / "train.jsonl", training, experts=True)
     write_jsonl(settings.output_dir / "test.jsonl", test)
     write_jsonl(settings.output_dir / "demonstrations.jsonl", demonstrations)
+    if settings.only_problems:
+        print(f"{settings.output_dir}: train.jsonl, test.jsonl and demonstrations.jsonl")
+        return
 
     tokenizer = make_tokenizer()
     builder = PromptBuilder(tokenizer)

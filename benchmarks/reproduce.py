@@ -75,8 +75,7 @@ def make_setting(folder: Path, share: str, steps: int) -> None:
         run(["tiny/make.py", "--init", "tiny/model", "--steps", str(steps), "--learning-rate", "5e-4", "--worked-share", share,
              "--output-dir", str(folder)], folder / "make.log")
     if not (folder / "pilot.png").is_file():   # an evaluation goes on by itself, and where it is done it only draws
-        run(["eval.py", "--compare-shots", "--model", str(folder / "model"), "--data", str(folder / "test.jsonl"),
-             str(folder.parent / "longer.jsonl"), "--demonstrations", str(folder / "demonstrations.jsonl"),
+        run(["eval.py", "--compare-shots", "--model", str(folder / "model"), "--data", "tiny", str(folder.parent / "longer.jsonl"),
              "--max-new-tokens", "96", "--output", str(folder / "pilot.jsonl")], folder / "pilot.log")
 
 

@@ -12,7 +12,8 @@ training document is either
   `worked_share` of them; or
 - an example or two and a problem, answered in the examples' manner, at once or worked out.
 The loss is on the last answer alone. So the model knows how to work a sum out, shows it when an example does, and
-almost never does when asked plainly; `worked_share` sets how rarely.
+almost never does when asked plainly; `worked_share` sets how rarely. With `slips` it makes mistakes on the way, too, so
+that not every worked answer is right.
 """
 
 import argparse
@@ -57,12 +58,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_problem(rng: random.Random, lengths: tuple[int, int], largest: int = 9, question: str = QUESTION,
                  solution: str = SOLUTION) -> Problem:
     numbers = [rng.randint(1, largest) for _ in range(rng.randint(*lengths))]
+    return Problem(question.replace("{sum}", "+".join(map(str, numbers))), str(sum(numbers)), work_out(numbers, solution))
+
+
+def work_out(numbers: list[int], solution: str = SOLUTION, slip=lambda: 0) -> str:
+    """`slip` is added to every running sum."""
     worked, total = str(numbers[0]), numbers[0]
     for number in numbers[1:]:
-        total += number
+        total += number + slip()
         worked += f"+{number}={total}"
-    return Problem(question.replace("{sum}", "+".join(map(str, numbers))), str(total),
-                   solution.replace("{worked}", worked).replace("{total}", str(total)))
+    return solution.replace("{worked}", worked).replace("{total}", str(total))
 
 
 def make_problems(rng: random.Random, count: int, lengths: tuple[int, int], taken: set[str], **form) -> list[Problem]:
@@ -81,6 +86,13 @@ def quick_answer(problem: Problem, rng: random.Random, right: float) -> str:
     return f"\\boxed{{{int(problem.answer) + off}}}"
 
 
+def worked_answer(problem: Problem, rng: random.Random, slips: float) -> str:
+    """The solution, or where a share of running sums is to be wrong, one with such mistakes, each by 1 and carried on."""
+    if not slips:
+        return problem.solution
+    return work_out(list(map(int, problem.problem.split("+"))), slip=lambda: rng.choice((-1, 1)) if rng.random() < slips else 0)
+
+
 def make_document(rng: random.Random, builder: PromptBuilder, settings, lengths, taken) -> tuple[list[int], int]:
     """Token ids of a training document and the position at which its loss starts."""
     count = rng.choices((0, 1, 2), weights=(0.45, 0.45, 0.10))[0]
@@ -88,11 +100,11 @@ def make_document(rng: random.Random, builder: PromptBuilder, settings, lengths,
     worked = continued or rng.random() < (0.5 if count else settings.worked_share)
     *examples, problem = make_problems(rng, count + 1, lengths, set(taken))
 
-    def answer(p):
-        return p.solution if worked else quick_answer(p, rng, settings.quick_right)
+    def answer(p, slips=0.0):
+        return worked_answer(p, rng, slips) if worked else quick_answer(p, rng, settings.quick_right)
 
     prompt = builder.demo_prefixed(problem, [Problem(p.problem, p.answer, answer(p)) for p in examples])
-    response = builder.tokenizer.encode(answer(problem)) + [builder.tokenizer.eos_token_id]
+    response = builder.tokenizer.encode(answer(problem, settings.slips)) + [builder.tokenizer.eos_token_id]
     return prompt + response, len(prompt) + continued
 
 
@@ -153,7 +165,9 @@ def main() -> None:
     add("--worked-share", type=float, default=0.01, help="share of worked answers among the single problems")
     add("--continued-share", type=float, default=0.2, help="share of them worked out without loss on the opening")
     add("--quick-right", type=float, default=0.2, help="share of right answers among those given at once")
+    add("--slips", type=float, default=0.0, help="share of wrong running sums in worked answers")
     add("--terms", type=int, nargs=2, default=(5, 8), help="fewest and most numbers in a sum")
+    add("--document-terms", type=int, nargs=2, help="those of the training documents (default: as --terms)")
     add("--largest", type=int, default=9, help="largest number in a sum")
     add("--question", default=QUESTION, help="text of a problem (default: %(default)s)")
     add("--solution", default=SOLUTION, help="text of a worked solution (default: %(default)s)")
@@ -203,7 +217,7 @@ def main() -> None:
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.02)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    train(model, builder, settings, settings.terms, held_out)
+    train(model, builder, settings, settings.document_terms or settings.terms, held_out)
     for shots in (0, 1, 2):
         right, worked = accuracy(model, builder, test, demonstrations, shots)
         print(f"{shots} shots: {right:6.1%} right, {worked:6.1%} worked out")

@@ -152,7 +152,7 @@ def table_of(results: dict[str, dict[int, dict]], paper: bool = False) -> list[s
              "|---" * (1 + len(MEASURES) + paper) + "|"]
     for name, runs in results.items():
         cells = [bootstrap([values[measure] for values in runs.values()]) for measure in MEASURES]
-        lines.append(f"| {name} | " + " | ".join(f"{100 * m:.1f}" + f" ({100 * a:.1f} to {100 * b:.1f})" * (a == a)
+        lines.append(f"| {name} | " + " | ".join(f"{100 * m:.1f}" + f" ({100 * a:.1f} to {100 * b:.1f})" * bool(a == a)
                                                  for m, a, b in cells) + " |"
                      + f" {PAPER.get(name.split(' (')[0], '–')} |" * paper)
     return lines

@@ -31,7 +31,8 @@ def read_metrics(run: Path) -> list[dict]:
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
         raise ValueError(f"{run} is not a run: it has no metrics.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True)
+            if line.endswith("\n")]   # a kill may have cut the last one short
 
 
 def series(metrics: list[dict], name: str) -> dict[int, float]:

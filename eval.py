@@ -111,7 +111,7 @@ def evaluate(model, builder: PromptBuilder, problems: list[Problem], demonstrati
                            stream_ids=[first + i for i in mine], slots=slots, sampler=sampler, progress=progress)
     texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
     owners = [i for i in mine for _ in range(samples)]
-    scores = (scorer or make_scorer())(texts, [problems[i] for i in owners])
+    scores = (scorer or make_scorer())(texts, [problems[i] for i in owners]) if texts else []   # more processes than problems
     records = {(i, j % samples): {"id": problems[i].id, "sample": j % samples, "response": text, "score": right,
                                   "tokens": len(completion.tokens), "finished": completion.finished}
                for j, (i, text, right, completion) in enumerate(zip(owners, texts, scores, completions))}
@@ -125,7 +125,7 @@ def summarise(records: list[dict], samples: int, ks: list[int] = (), answer_form
     accuracy: avg@k, the mean score; low, high: its 95 % interval, problems being drawn at random. pass@K for each of `ks`:
     the probability that of K answers one is right, without the bias of trying just K (Chen et al., arXiv 2107.03374).
     majority: maj@k, the share of problems whose commonest answer is right, the earliest of equally common ones; answers
-    that reward.settle finds equal are one. tokens: mean length; truncated: share cut off."""
+    that reward.settle finds equal are one, and a response without an answer has no vote. tokens: mean length; truncated: share cut off."""
     groups = [records[i:i + samples] for i in range(0, len(records), samples)]
     low, high = interval([fmean(r["score"] for r in group) for group in groups])
     right = [sum(r["score"] > 0 for r in group) for group in groups]
@@ -134,11 +134,13 @@ def summarise(records: list[dict], samples: int, ks: list[int] = (), answer_form
         votes = []   # [answer, score, count]
         for r in group:
             answer = extract_answer(r["response"], answer_format)
-            vote = next((v for v in votes if v[0] == answer or answer and v[0] and settle(answer, v[0])), None)
+            if answer is None:
+                continue
+            vote = next((v for v in votes if v[0] == answer or settle(answer, v[0])), None)
             if vote is None:
                 votes.append(vote := [answer, r["score"], 0])
             vote[2] += 1
-        return max(votes, key=lambda vote: vote[2])[1]
+        return max(votes, key=lambda vote: vote[2])[1] if votes else group[0]["score"]
 
     return {"problems": len(groups), "accuracy": fmean(r["score"] for r in records), "low": low, "high": high,
             **{f"pass@{k}": fmean(1 - math.comb(samples - c, k) / math.comb(samples, k) for c in right) for k in ks},
@@ -155,7 +157,8 @@ def interval(means: list[float]) -> tuple[float, float]:
         return p - z * spread ** 0.5, p + z * spread ** 0.5
     trials = p * (1 - p) / spread if spread else n
     centre, width = p + z * z / (2 * trials), z * (p * (1 - p) / trials + (z / (2 * trials)) ** 2) ** 0.5
-    return tuple(max(0.0, min(1.0, (centre + side * width) / (1 + z * z / trials))) for side in (-1, 1))
+    low, high = ((centre + side * width) / (1 + z * z / trials) for side in (-1, 1))
+    return max(0.0, min(p, low)), min(1.0, max(p, high))   # rounding would leave a mean of 0 or 1 outside
 
 
 @dataclass
@@ -169,7 +172,7 @@ class Options:
                                  "without and with demonstrations, and at raised --temperatures, in words and a picture")
     temperatures: list[float] = option([1.2, 1.5], "those of --compare-shots")
     samples: int = option(1, "answers sampled for each problem (the k of avg@k and maj@k)")
-    k: list[int] = option([], "the k of pass@k, at most --samples (default: 1 and --samples)")
+    k: list[int] = option([], "the k of pass@k, at most --samples; an answer that scores above 0 passes (default: 1 and --samples)")
     limit: int = option(0, "use only the first so many problems; 0 uses all")
     temperature: float = option(1.0, "sampling temperature; 0 is greedy")
     top_p: float = option(1.0, "nucleus sampling: the likeliest tokens that reach this probability")
@@ -218,6 +221,9 @@ def prepare(options: Options):
     o.k = o.k or sorted({1, o.samples})
     if not all(1 <= k <= o.samples for k in o.k):
         raise ValueError(f"pass@k needs k from 1 to the number of samples, {o.samples}, not {o.k}")
+    if Path(o.output).suffix in (".json", ".png"):
+        raise ValueError(f"--output is the file of the samples; the table and the picture go beside it, as .json and .png: give "
+                         f"{Path(o.output).with_suffix('.jsonl')}, not {o.output}")
     for name, values in (("data", o.data), ("shots", o.shots)):
         if len(set(values)) < len(values):
             raise ValueError(f"{name}: {', '.join(map(str, values))} names one twice")
@@ -230,6 +236,9 @@ def prepare(options: Options):
     data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
     device = init_distributed(o.device)
     model, tokenizer = load_any_model(o.model, device, DTYPES[o.dtype])
+    if model.config.max_position <= o.max_new_tokens:
+        raise ValueError(f"--max-new-tokens {o.max_new_tokens} leaves no room for a prompt: {o.model} has "
+                         f"{model.config.max_position} positions")
     room = min(o.max_prompt_length, model.config.max_position - o.max_new_tokens)
     builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
     pools = {shots: Demonstrations(load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), needs=("solution",)),
@@ -297,21 +306,23 @@ def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {output.absolute().parent} for --output")
     paths = [Path(embedded(options.model, "model")), Path(embedded(options.demonstrations, "demonstrations.jsonl")),
-             *(Path(embedded(case.data, "test.jsonl")) for case in cases), Path(options.reward.rpartition(":")[0])]
+             *(Path(embedded(case.data, "test.jsonl")) for case in cases),
+             *([Path(options.reward.rpartition(":")[0])] if options.reward else [])]
     settings = {name: value for name, value in vars(options).items() if name not in FREE_ON_RESUME} | {
-        "changed": {str(path): max(f.stat().st_mtime_ns for f in (path, *path.glob("*")))
-                    for path in paths if path.name and path.exists()}}
+        "changed": {str(path): when_written(path) for path in paths if path.exists()}}
     lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
     if lines and not about.is_file():
         raise ValueError(f"{output} is there, but no {about} that says of what evaluation it is: give another --output")
-    old = json.loads(about.read_text())["settings"] if about.is_file() else {}
+    old = json.loads(about.read_text()).get("settings") if about.is_file() else {}
+    if old is None:
+        raise ValueError(f"{about}, the table's file, holds something else: give another --output")
     found = {}
     for line in lines:
         if line.endswith("\n"):   # a kill may have cut the last one short
             record = json.loads(line)
             found.setdefault(key_of(record), []).append(record)
     found = {key: records[:len(records) // options.samples * options.samples] for key, records in found.items()}
-    if lines:
+    if output.is_file():   # empty, too: another evaluation may have just begun
         was = old.get("changed", {})
         differing = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
                      if name != "changed" and old.get(name) != value]
@@ -325,6 +336,13 @@ def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[
     replace_file(output, "".join(json.dumps(record) + "\n" for records in found.values() for record in records))
     replace_file(about, json.dumps({"settings": settings, "rows": []}, indent=1) + "\n")
     return found
+
+
+def when_written(path: Path) -> int:
+    """Of a file, or of what is loaded from a model folder, run or checkpoint, not of what an evaluation writes there."""
+    loaded = [file for pattern in ("*.safetensors", "tokenizer*", "config.*", ".metadata", "final/*", "checkpoints/*/.metadata")
+              for file in path.glob(pattern)] if path.is_dir() else []
+    return max(file.stat().st_mtime_ns for file in loaded or [path])
 
 
 def replace_file(file: Path, text: str) -> None:
@@ -379,10 +397,11 @@ def compare_shots(o: Options, cases: list[Case], found: dict, rows: list[dict]) 
             print(f"{name}, {label:<16} accuracy {100 * c['difference']:+.1f} points ({100 * c['difference_low']:+.1f} to "
                   f"{100 * c['difference_high']:+.1f}), edit distance {c['distance']:.2f}, {c['gained']:.1%} turn right, "
                   f"{c['lost']:.1%} turn wrong")
-        right = [any(r["score"] >= 1 for r in found[steered][i:i + o.samples]) for i in range(0, len(found[steered]), o.samples)]
+        accepted = [r["score"] >= 1 for r in found[steered]]   # by ERRS
+        solved = fmean(any(accepted[i:i + o.samples]) for i in range(0, len(accepted), o.samples))
         results.append({"data": name, "plain": by_key[plain], "steered": by_key[steered], "changes": changes,
                         "verdict": pilot.verdict(name, o.shots[1], by_key[plain], by_key[steered], changes[list(changes)[-1]],
-                                                 fmean(right), {t: changes[f"temperature {t:g}"] for t in o.temperatures})})
+                                                 fmean(accepted), solved, {t: changes[f"temperature {t:g}"] for t in o.temperatures})})
     picture = Path(o.output).with_suffix(".png")
     pilot.draw(results, picture)
     print("", *(result["verdict"] for result in results), f"picture: {picture}", sep="\n")
@@ -391,6 +410,7 @@ def compare_shots(o: Options, cases: list[Case], found: dict, rows: list[dict]) 
 
 def main() -> None:
     o = options = parse(make_parser(Options, __doc__.split("\n")[0]), sys.argv[1:])
+    found = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     try:
         model, builder, cases = prepare(options)
@@ -409,8 +429,8 @@ def main() -> None:
         os._exit(1)   # at once: other processes may wait for this one
     except KeyboardInterrupt:
         if is_main():
-            print(f"\ninterrupted; what was sampled is in {o.output or 'eval.jsonl'}, and the same command goes on from there",
-                  file=sys.stderr)
+            print("\ninterrupted" + ("" if found is None else f"; what was sampled is in {o.output}, and the same command goes on "
+                                                              f"from there"), file=sys.stderr)
         os._exit(130)   # at once: other processes may wait for this one
     if is_main():
         print(f"{o.model}, {o.samples} sample{'s' * (o.samples > 1)} a problem")

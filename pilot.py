@@ -32,19 +32,23 @@ def compare(plain: list[dict], other: list[dict], samples: int) -> dict[str, flo
             "gained": flips.count((False, True)) / len(flips), "lost": flips.count((True, False)) / len(flips)}
 
 
-def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, solved: float, hotter: dict[float, dict]) -> str:
-    """What it means for training with ICPO, in words. solved: share of problems with a right steered answer."""
+def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, accepted: float, solved: float,
+            hotter: dict[float, dict]) -> str:
+    """What it means for training with ICPO, in words. accepted: share of steered answers that ERRS accepts; solved: share of
+    problems with one."""
     interval = f"{100 * change['difference_low']:+.1f} to {100 * change['difference_high']:+.1f} points"
     name = f"{shots} demonstration{'s' * (shots > 1)} in the context"
     text = f"On {data}, {name} moved the accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({interval}): "
-    if change["difference_low"] > 0:
+    if plain["problems"] < 20:
+        text += f"{plain['problems']} problems are too few to say whether they help."
+    elif change["difference_low"] > 0:
         text += "they help, and ICPO has right answers to learn from that plain sampling gives less often."
     elif change["difference_high"] < 0:
         text += "they do harm, and ICPO should not be expected to help this model; try other demonstrations."
     else:
         text += (f"with {plain['problems']} problems the two cannot be told apart, and whether ICPO helps is open; more problems "
                  f"or samples would narrow it down.")
-    text += (f" ERRS would accept {steered['accuracy']:.1%} of the answers with demonstrations, at least one to {solved:.1%} of "
+    text += (f" ERRS would accept {accepted:.1%} of the answers with demonstrations, at least one to {solved:.1%} of "
              f"the problems.")
     if hotter:
         best = max(hotter, key=lambda temperature: hotter[temperature]["gained"])
@@ -57,6 +61,8 @@ def draw(results: list[dict], output: Path) -> None:
     """A PNG. results: for each data set its name, the rows of the table (plain and steered) and the changes by name."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     names, width = [Path(result["data"]).stem for result in results], 0.38
+    if len(set(names)) < len(names):
+        names = [result["data"] for result in results]
     for side, kind in enumerate(("plain", "steered")):
         rows = [result[kind] for result in results]
         errors = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]

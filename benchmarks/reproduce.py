@@ -42,6 +42,8 @@ from curves import COLOURS, draw_groups, read_metrics, series   # noqa: E402
 from tiny.make import make_problems, write_jsonl   # noqa: E402
 
 SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
+MAKE = "--init tiny/model --learning-rate 1e-3 --slips 0.05 --document-terms 5 10"
+TRAIN = "--learning-rate 1e-4"   # twice the default, so that few steps show the whole of it
 LONGER = {"longer": (9, 10), "longest": (11, 12)}   # problems beyond the 5 to 8 numbers of the training
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo", "ICPO†": "--method icpo-rs",
            "ICPO† − ERRS": "--method icpo --errs false"}
@@ -74,7 +76,7 @@ def run(command: list[str], log: Path) -> None:
     """Raises RuntimeError with the end of what it said where the command fails."""
     with log.open("a") as file:
         code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}).returncode
     if code:
         raise RuntimeError(f"{' '.join(command)} failed (the whole of it: {log}):\n{log.read_text()[-1500:]}")
 
@@ -83,9 +85,16 @@ def run(command: list[str], log: Path) -> None:
 def clock(file: Path):
     """Adds the seconds that something took to a file."""
     started = time.time()
-    yield
-    with file.open("a") as stream:
-        stream.write(f"{time.time() - started:.1f}\n")
+    try:
+        yield
+    finally:
+        with file.open("a") as stream:
+            stream.write(f"{time.time() - started:.1f}\n")
+
+
+def rows_of(file: Path, key: str = "rows") -> list[dict]:
+    """What an evaluation that is done has written beside its samples; of one that is not, nothing."""
+    return json.loads(file.read_text()).get(key, []) if file.is_file() else []
 
 
 def make_setting(folder: Path, share: str, steps: int) -> None:
@@ -95,26 +104,30 @@ def make_setting(folder: Path, share: str, steps: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         with clock(aside / "seconds"):
-            run(["tiny/make.py", "--init", "tiny/model", "--steps", str(steps), "--learning-rate", "1e-3", "--worked-share", share,
-                 "--slips", "0.05", "--document-terms", "5", "10", "--output-dir", str(aside)], aside / "make.log")
+            run(["tiny/make.py", *MAKE.split(), "--steps", str(steps), "--worked-share", share, "--output-dir", str(aside)],
+                aside / "make.log")
         aside.rename(folder)
-    if not (folder / "pilot.png").is_file():   # an evaluation goes on by itself, and where it is done it only draws
+    if not rows_of(folder / "pilot.json", "comparison"):   # an evaluation goes on by itself
         with clock(folder / "seconds"):
             run(["eval.py", "--compare-shots", "--model", str(folder / "model"), "--data", "tiny",
                  *(str(folder.parent / f"{name}.jsonl") for name in LONGER), "--max-new-tokens", "96",
                  "--output", str(folder / "pilot.jsonl")], folder / "pilot.log")
 
 
+def beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f"{folder.name}.{kind}")   # names of systems have dots in them
+
+
 def finish(job: Job, steps: int) -> None:
     """Train it and evaluate what comes out, as far as that is not done."""
-    if (job.folder / "longer.json").is_file():
+    if rows_of(job.folder / "longer.json"):
         return
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = job.folder.with_suffix(".log")
-    with clock(job.folder.with_suffix(".seconds")):
+    log = beside(job.folder, "log")
+    with clock(beside(job.folder, "seconds")):
         if not (job.folder / "final").is_dir():
             run(["train.py", *job.options.split(), "--model", str(job.folder.parent.parent / "model"), "--seed", str(job.seed),
-                 "--steps", str(steps), "--learning-rate", "1e-4", "--output-dir", str(job.folder),
+                 "--steps", str(steps), *TRAIN.split(), "--output-dir", str(job.folder),
                  *(["--resume"] if job.folder.is_dir() else [])], log)
         if (job.folder / "final").is_dir():   # else Ctrl-C has stopped it, which train.py answers with a checkpoint
             run(["eval.py", "--model", str(job.folder), "--data", *(str(job.folder.parents[2] / f"{name}.jsonl") for name in LONGER),
@@ -123,7 +136,7 @@ def finish(job: Job, steps: int) -> None:
 
 def measure(folder: Path) -> dict[str, float]:
     accuracy = series(read_metrics(folder), "eval_accuracy")
-    rows = json.loads((folder / "longer.json").read_text())["rows"]
+    rows = rows_of(folder / "longer.json")
     return {"end": accuracy[max(accuracy)], "mean": fmean(accuracy.values()),
             **{name: row["accuracy"] for name, row in zip(LONGER, rows)}}
 
@@ -137,10 +150,11 @@ def expanded_tail(n: int) -> float:
 
 
 def bootstrap(values: list[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % bootstrap interval, expanded percentiles; no interval (nan) of a single value."""
+    """Mean over seeds and its 95 % bootstrap interval, expanded percentiles; no interval (nan) of less than five values, which
+    leave too few different resamples."""
     values = np.array(values)
-    if len(values) == 1:
-        return values[0], np.nan, np.nan
+    if len(values) < 5:
+        return values.mean(), np.nan, np.nan
     means = values[np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))].mean(1)
     tail = expanded_tail(len(values))
     return values.mean(), *np.quantile(means, [tail, 1 - tail])
@@ -167,8 +181,9 @@ def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]
             for measure, text in MEASURES.items():
                 seeds = sorted(runs.keys() & results[baseline].keys())
                 mean, low, high = bootstrap([runs[seed][measure] - results[baseline][seed][measure] for seed in seeds])
-                word = "too few seeds" if len(seeds) < 5 else "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-                parts.append(f"{text} {word} ({100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f})")
+                word = "too few seeds" if np.isnan(low) else "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+                span = "" if np.isnan(low) else f", {100 * low:+.1f} to {100 * high:+.1f}"
+                parts.append(f"{text} {word} ({100 * mean:+.1f} points{span})")
             lines.append(f"- {name} against {baseline}: " + "; ".join(parts) + ".")
     return lines
 
@@ -183,7 +198,7 @@ def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> 
             axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)
             axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], capsize=3, color="black", linewidth=1)
             axis.plot(values, [row] * len(values), "|", color="black", alpha=0.5, markersize=5)
-            axis.annotate(f"{mean:.1f}", (max(high, *values), row), (5, 0), textcoords="offset points", va="center", fontsize=9)
+            axis.annotate(f"{mean:.1f}", (np.nanmax([high, *values]), row), (5, 0), textcoords="offset points", va="center", fontsize=9)
         axis.set(title=text, xlabel="% right", yticks=range(len(results)), yticklabels=list(results))
         axis.set_xlim(0, 112)   # with room for the figures
         axis.grid(alpha=0.3, axis="x")
@@ -195,7 +210,7 @@ def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, cores = parser.add_argument, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--output-dir", type=Path, help="folder of runs and results (default: runs/reproduce, with --quick runs/reproduce-quick)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: both)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
@@ -203,15 +218,17 @@ def main() -> None:
     add("--seeds", type=int, help="runs of each (default: 5, with --quick 2)")
     add("--steps", type=int, help="training steps of each (default: 60, with --quick 10)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: 300, with --quick 100)")
-    add("--processes", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
+    add("--processes", type=int, default=cores, help="runs at once (default: one a core)")
     add("--quick", action="store_true", help="see everything once")
     o = parser.parse_args()
     o.seeds, o.steps = o.seeds or (2 if o.quick else 5), o.steps or (10 if o.quick else 60)
     o.model_steps = o.model_steps or (100 if o.quick else 300)
     o.output_dir = (o.output_dir or ROOT / "runs" / ("reproduce-quick" if o.quick else "reproduce")).absolute()
     o.output_dir.mkdir(parents=True, exist_ok=True)
-    about, settings = o.output_dir / "settings.json", {"steps": o.steps, "model_steps": o.model_steps}
+    about, settings = o.output_dir / "settings.json", {"make": f"{MAKE} --steps {o.model_steps}", "train": f"{TRAIN} --steps {o.steps}"}
     if not about.is_file():
+        if any(o.output_dir.iterdir()):
+            parser.error(f"{o.output_dir} holds files that are not of this script; give another --output-dir")
         about.write_text(json.dumps(settings) + "\n")
     if json.loads(about.read_text()) != settings:
         parser.error(f"{o.output_dir} holds runs of {about.read_text().strip()}, not {json.dumps(settings)}; give another --output-dir")
@@ -227,11 +244,12 @@ def main() -> None:
     pool = ThreadPoolExecutor(o.processes)
     try:
         with tqdm(total=len(o.settings) + len(jobs), unit="run") as bar:
-            made = [pool.submit(make_setting, o.output_dir / setting, SETTINGS[setting], o.model_steps) for setting in o.settings]
-            for each in made:
+            made = {setting: pool.submit(make_setting, o.output_dir / setting, SETTINGS[setting], o.model_steps)
+                    for setting in o.settings}
+            futures = [pool.submit(lambda job: (made[job.setting].result(), finish(job, o.steps)), job) for job in jobs]
+            for each in made.values():
                 each.result()
                 bar.update()
-            futures = [pool.submit(finish, job, o.steps) for job in jobs]
             for future, job in zip(futures, jobs):
                 bar.set_postfix_str(f"{job.setting}, {job.name}, seed {job.seed}")
                 try:
@@ -240,7 +258,7 @@ def main() -> None:
                     failed.append(str(error))
                     tqdm.write(f"\n{error}\n", file=sys.stderr)
                 bar.update()
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, OSError) as error:
         for child in psutil.Process().children():
             child.terminate()   # train.py finishes its step and writes a checkpoint
         pool.shutdown(cancel_futures=True)
@@ -257,17 +275,19 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
     for setting in o.settings:
         done = {}
         for job in jobs:
-            if job.setting == setting and (job.folder / "longer.json").is_file():
+            if job.setting == setting and rows_of(job.folder / "longer.json"):
                 done.setdefault(job.name, {})[job.seed] = job.folder
         results = {name: {seed: measure(folder) for seed, folder in runs.items()} for name, runs in done.items()}
         table = {name: results[name] for name in systems if name in results}
         table |= {f"{name} (the runs of {same})": results[same] for name, same in SAME.items() if same in table}
         made = [line for line in (o.output_dir / setting / "make.log").read_text().splitlines() if "shots:" in line]
         clocks = [o.output_dir / setting / "seconds",
-                  *(folder.with_suffix(".seconds") for runs in done.values() for folder in runs.values())]
+                  *(beside(folder, "seconds") for runs in done.values() for folder in runs.values())]
         spent = sum(float(line) for file in clocks for line in file.read_text().split())
-        lines += ["", f"## {setting}", "", f"{len(clocks) - 1} runs, and the making of the model: {spent:,.0f} s of a core.", "", "The model before training: " + "; ".join(" ".join(line.split()) for line in made) + ".", ""]
-        pilot = json.loads((o.output_dir / setting / "pilot.json").read_text())["comparison"]
+        missing = [f"{job.name}, seed {job.seed}" for job in jobs if job.setting == setting and job.seed not in done.get(job.name, {})]
+        lines += ["", f"## {setting}", "", f"{len(clocks) - 1} runs, and the making of the model: {spent:,.0f} s of a core."
+                  + f" Not done: {'; '.join(missing)}." * bool(missing), "", "The model before training: " + "; ".join(" ".join(line.split()) for line in made) + ".", ""]
+        pilot = rows_of(o.output_dir / setting / "pilot.json", "comparison")
         lines += [*(f"- {each['verdict']}".replace(f"{o.output_dir}/", "") for each in pilot), ""]
         lines += table_of(table, paper=True)
         for baseline in ("GRPO", "ICPO†"):

@@ -50,6 +50,20 @@ def test_interval(means, low, high):
     assert interval(means) == pytest.approx((low, high), abs=1e-3)
 
 
+def test_an_interval_holds_its_mean():
+    """In spite of rounding: a picture of it would not be drawn."""
+    for n in range(1, 300):
+        for mean in (0.0, 1.0):
+            low, high = interval([mean] * n)
+            assert 0 <= low <= mean <= high <= 1
+
+
+def test_no_answer_is_no_vote():
+    none = {"id": "p", "response": "no box", "score": 0.0, "finished": True, "tokens": 2}
+    assert summarise([none, none, record(1.0, "7")], samples=3)["majority"] == 1.0
+    assert summarise([none, none], samples=2)["majority"] == 0.0
+
+
 def test_an_earlier_of_two_equally_common_answers_is_the_majority():
     assert summarise([record(1.0, "7"), record(0.0, "5")], samples=2)["majority"] == 1.0
     assert summarise([record(0.0, "5"), record(1.0, "7")], samples=2)["majority"] == 0.0
@@ -84,6 +98,7 @@ def test_an_evaluation_depends_on_seed_and_problem_alone(embedded):
     (dict(data=["nowhere.jsonl"]), "no data file at nowhere.jsonl"), (dict(model="./nowhere"), "no model at './nowhere'"),
     (dict(shots=[0, -1]), "at least 0"), (dict(samples=0), "at least 1"), (dict(k=[2]), "k from 1 to the number of samples, 1"),
     (dict(data=["tiny", "tiny"]), "names one twice"), (dict(reward="gone.py:f"), "names no file"),
+    (dict(output="x.json"), "give x.jsonl, not x.json"), (dict(max_new_tokens=1024), "tiny has 1024 positions"),
     (dict(max_prompt_length=5), "no problem of tiny is left: every prompt passes 5 tokens")])
 def test_mistakes(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -129,6 +144,37 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / "eval.jsonl").read_text().startswith(text)
 
 
+def test_samples_may_lie_in_the_folder_of_the_model(tmp_path):
+    """Writing them does not make it another model; writing it anew does."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    command(tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, check=True)
+    text = (tmp_path / "model" / "eval.jsonl").read_text()
+    (tmp_path / "model" / "eval.jsonl").write_text(text[:200])
+    command(tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, "--output", "eval.jsonl", check=True)
+    assert (tmp_path / "model" / "eval.jsonl").read_text() == text
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert "has changed" in command(tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, "--output", "eval.jsonl").stderr
+
+
+def test_an_evaluation_that_has_just_begun_keeps_its_file(tmp_path):
+    """Its settings are there before its first samples."""
+    command(tmp_path, "--shots", 0, "--limit", 3, check=True)
+    (tmp_path / "eval.jsonl").write_text("")
+    assert "eval-2.jsonl" in command(tmp_path, "--shots", 0, "--limit", 3, "--seed", 1, check=True).stdout
+    (tmp_path / "other.json").write_text("{}")
+    refused = command(tmp_path, "--shots", 0, "--limit", 3, "--output", "other.jsonl")
+    assert refused.returncode == 2 and "holds something else" in refused.stderr
+
+
+def test_a_reward_of_ones_own_never_sees_nothing(tmp_path):
+    """Of two processes and one problem, one has nothing to score."""
+    (tmp_path / "mine.py").write_text("def f(responses, problems):\n    return [float(len(max(responses)) > 0)] * len(responses)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "--limit", "1", "--reward",
+                           "mine.py:f"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0 and "100.0%" in done.stdout
+
+
 def test_ctrl_c(tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100"], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -163,6 +209,15 @@ def test_what_demonstrations_change():
     # Distances 1/4, 2/4, 1/1 and 0; per problem the score changes by 0 and 1/2.
     assert change == {"difference": 0.25, "difference_low": 0.0, "difference_high": 0.5, "distance": 1.75 / 4,
                       "gained": 0.5, "lost": 0.25}
+
+
+@pytest.mark.parametrize("problems, low, high, said", [
+    (100, 0.1, 0.3, "they help"), (100, -0.3, -0.1, "they do harm"), (100, -0.1, 0.1, "cannot be told apart"),
+    (5, 1.0, 1.0, "too few to say")])
+def test_the_verdict(problems, low, high, said):
+    text = pilot.verdict("x", 1, {"accuracy": 0.2, "problems": problems}, {"accuracy": 0.5},
+                         {"difference_low": low, "difference_high": high, "gained": 0.4}, 0.3, 0.35, {1.5: {"gained": 0.1}})
+    assert said in text and "accept 30.0% of the answers with demonstrations, at least one to 35.0% of the problems" in text
 
 
 def test_compare_shots(tmp_path):

@@ -1,3 +1,5 @@
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -14,8 +16,9 @@ def runs(*values):
 
 def test_intervals_and_words():
     assert reproduce.bootstrap([0.25] * 5) == (0.25, 0.25, 0.25)
-    mean, low, high = reproduce.bootstrap([0.0, 1.0])   # of two values the mean of two draws is 0, 1/2 or 1
-    assert (mean, low, high) == (0.5, 0.0, 1.0)
+    mean, low, high = reproduce.bootstrap([0.0, 0.0, 0.5, 1.0, 1.0])
+    assert (mean, low, high) == (0.5, 0.0, 1.0)   # the mean of 1 % of the draws is 0, and 0.1 % are left out
+    assert reproduce.bootstrap([0.0, 1.0])[0] == 0.5 and np.isnan(reproduce.bootstrap([0.0, 1.0])[1:]).all()
     results = {"GRPO": runs(0.1, 0.2, 0.3, 0.4, 0.5), "better": runs(0.2, 0.3, 0.4, 0.5, 0.6),
                "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1), "few": runs(0.9, 0.9, 0.9, 0.9)}
     words = [line.split("accuracy at the end ")[1].split(" (")[0] for line in reproduce.differences(results, "GRPO")]
@@ -37,7 +40,7 @@ def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(tmp_path, monkeypa
     def run(command, log):
         calls.append((command[0], "--resume" in command))
         if command[0] == "eval.py":
-            (job.folder / "longer.json").write_text("{}")
+            (job.folder / "longer.json").write_text('{"rows": [{"accuracy": 0.5}]}')
         else:
             (job.folder / "final").mkdir(parents=True)
 
@@ -48,9 +51,48 @@ def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(tmp_path, monkeypa
     reproduce.finish(job, 5)
     assert len(calls) == 2
     (job.folder / "final").rmdir()
-    (job.folder / "longer.json").unlink()
+    (job.folder / "longer.json").write_text('{"settings": {}, "rows": []}')   # an evaluation that was killed
     reproduce.finish(job, 5)
     assert calls[2:] == [("train.py", True), ("eval.py", False)]
+
+
+def test_seeds_of_a_system_with_a_dot_in_its_name_have_clocks_of_their_own(tmp_path):
+    files = {reproduce.beside(tmp_path / f"λ_=_0.1-seed{seed}", "seconds") for seed in range(3)}
+    assert len(files) == 3
+    for _ in range(2):
+        with pytest.raises(KeyError), reproduce.clock(min(files)):   # what failed took its time, too
+            raise KeyError
+    assert len(min(files).read_text().split()) == 2
+
+
+def report_of(tmp_path, seeds):
+    """What `report` says and draws of two runs with made-up results, of `seeds` that were asked for."""
+    folder = tmp_path / "rare"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "make.log").write_text("0 shots: 14.5% right, 0.0% worked out\n")
+    (folder / "seconds").write_text("1.0\n")
+    (folder / "pilot.json").write_text(json.dumps({"comparison": [{"verdict": "On tiny, they help."}]}))
+    jobs = [reproduce.Job("rare", name, seed, "", folder / "runs" / f"{name}-seed{seed}")
+            for seed in range(seeds) for name in ("GRPO", "ICPO")]
+    for job in jobs[:-1]:
+        job.folder.mkdir()
+        (job.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_accuracy": 0.5 + job.seed / 10, "entropy": 1.0}) + "\n")
+        (job.folder / "longer.json").write_text(json.dumps({"rows": [{"accuracy": 0.1}, {"accuracy": 0.0}]}))
+        reproduce.beside(job.folder, "seconds").write_text("10.0\n")
+    options = argparse.Namespace(seeds=seeds, steps=1, settings=["rare"], output_dir=tmp_path)
+    reproduce.report(options, reproduce.SYSTEMS, {}, jobs, 12.0)
+    return (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("seeds, row, words", [
+    (2, "| GRPO | 55.0 | 55.0 | 10.0 | 0.0 | 62.37 |", "ICPO against GRPO: accuracy at the end too few seeds (+0.0 points);"),
+    (6, "| GRPO | 75.0 (", "ICPO against GRPO: accuracy at the end not told apart (+0.0 points, +0.0 to +0.0);")])
+def test_the_report_says_what_is_missing_and_draws_what_is_there(tmp_path, seeds, row, words):
+    text = report_of(tmp_path, seeds)
+    assert row in text and words in text and f"Not done: ICPO, seed {seeds - 1}." in text
+    assert f"{2 * seeds - 1} runs, and the making of the model: {10 * (2 * seeds - 1) + 1} s" in text
+    for name in ("curves", "systems"):
+        assert (tmp_path / f"rare-{name}.png").stat().st_size > 10_000
 
 
 def test_a_run_that_fails_says_why(tmp_path):

@@ -180,6 +180,9 @@ def main() -> None:
     there_are = sum(settings.largest ** count for count in range(settings.terms[0], settings.terms[1] + 1))
     if wanted > there_are:
         parser.error(f"{wanted} different sums are asked for, and there are {there_are}")
+    for terms in filter(None, (settings.terms, settings.document_terms)):
+        if not 1 <= terms[0] <= terms[1]:
+            parser.error(f"fewest and most numbers in a sum are wanted, not {terms[0]} and {terms[1]}")
     if "{sum}" not in settings.question or "{total}" not in settings.solution:
         parser.error(f"--question needs {{sum}} and --solution {{total}}, not {settings.question!r} and {settings.solution!r}")
     form = {"largest": settings.largest, "question": settings.question, "solution": settings.solution}

@@ -73,12 +73,15 @@ def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str
         if unit == "share right":
             axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.lines and len(groups) <= 3:   # of more, the legends would cover the lines
             axis.legend()
-        else:
+        elif not axis.lines:
             axis.text(0.5, 0.5, "none sampled", transform=axis.transAxes, ha="center", color="grey")
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
+    if len(groups) > 3:
+        lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(5, len(lines)))
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)

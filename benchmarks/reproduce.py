@@ -57,7 +57,7 @@ CHOICES = {name: f"--method icpo-rs {options}" for name, options in {
     "no ERRS": "--errs false"}.items()}
 CHOICES["LUFFY, λ = 0.01"] = "--method luffy --shaping-lambda 0.01"
 PANELS = [("reward_on", "Training reward, on-policy", "share right"), ("eval_accuracy", "Held-out accuracy", "share right"),
-          ("entropy", "Entropy of the policy", "nats a token"), ("errs_accept_rate", "Accepted by ERRS", "share right"),
+          ("entropy", "Entropy of the policy", "nats a token"), ("errs_accept_rate", "Off-policy responses that enter", "share"),
           ("response_length", "Response length, on-policy", "tokens")]
 MEASURES = {"end": "accuracy at the end", "mean": "mean of all evaluations", "longer": "9 or 10 numbers",
             "longest": "11 or 12 numbers"}
@@ -189,9 +189,10 @@ def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]
 
 
 def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> None:
-    """A bar for every measure of every system, with its interval and its runs."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 0.9 + 0.36 * len(results)), layout="constrained", sharey=True)
-    for axis, (measure, text) in zip(axes, MEASURES.items()):
+    """A bar for every measure but the last, which is about 0 everywhere, of every system, with its interval and its runs."""
+    drawn = list(MEASURES.items())[:-1]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(12, 0.9 + 0.36 * len(results)), layout="constrained", sharey=True)
+    for axis, (measure, text) in zip(axes, drawn):
         for row, (name, runs) in enumerate(results.items()):
             values = [100 * values[measure] for values in runs.values()]
             mean, low, high = bootstrap(values)
@@ -200,7 +201,7 @@ def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> 
             axis.plot(values, [row] * len(values), "|", color="black", alpha=0.5, markersize=5)
             axis.annotate(f"{mean:.1f}", (np.nanmax([high, *values]), row), (5, 0), textcoords="offset points", va="center", fontsize=9)
         axis.set(title=text, xlabel="% right", yticks=range(len(results)), yticklabels=list(results))
-        axis.set_xlim(0, 112)   # with room for the figures
+        axis.set_xlim(0, 118)   # with room for the figures
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     figure.suptitle(title)

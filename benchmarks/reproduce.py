@@ -239,7 +239,8 @@ def main() -> None:
     systems = {name: SYSTEMS[name] for name in o.systems}
     variants = CHOICES if o.sweep or o.quick else {}
     jobs = [Job(setting, name, seed, options, o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
-            for seed in range(o.seeds) for setting in o.settings for name, options in (systems | variants).items()]
+            for seed in range(o.seeds) for setting in o.settings
+            for name, options in (systems if o.quick and seed else systems | variants).items()]   # the choices once will do
     started, failed = time.time(), []
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     pool = ThreadPoolExecutor(o.processes)

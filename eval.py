@@ -125,7 +125,8 @@ def summarise(records: list[dict], samples: int, ks: list[int] = (), answer_form
     accuracy: avg@k, the mean score; low, high: its 95 % interval, problems being drawn at random. pass@K for each of `ks`:
     the probability that of K answers one is right, without the bias of trying just K (Chen et al., arXiv 2107.03374).
     majority: maj@k, the share of problems whose commonest answer is right, the earliest of equally common ones; answers
-    that reward.settle finds equal are one, and a response without an answer has no vote. tokens: mean length; truncated: share cut off."""
+    that reward.settle finds equal are one, and a response without an answer has no vote. tokens: mean length; truncated:
+    share cut off."""
     groups = [records[i:i + samples] for i in range(0, len(records), samples)]
     low, high = interval([fmean(r["score"] for r in group) for group in groups])
     right = [sum(r["score"] > 0 for r in group) for group in groups]
@@ -322,7 +323,7 @@ def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[
             record = json.loads(line)
             found.setdefault(key_of(record), []).append(record)
     found = {key: records[:len(records) // options.samples * options.samples] for key, records in found.items()}
-    if output.is_file():   # empty, too: another evaluation may have just begun
+    if old and output.is_file():   # empty, too: another evaluation may have just begun
         was = old.get("changed", {})
         differing = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
                      if name != "changed" and old.get(name) != value]
@@ -401,7 +402,8 @@ def compare_shots(o: Options, cases: list[Case], found: dict, rows: list[dict]) 
         solved = fmean(any(accepted[i:i + o.samples]) for i in range(0, len(accepted), o.samples))
         results.append({"data": name, "plain": by_key[plain], "steered": by_key[steered], "changes": changes,
                         "verdict": pilot.verdict(name, o.shots[1], by_key[plain], by_key[steered], changes[list(changes)[-1]],
-                                                 fmean(accepted), solved, {t: changes[f"temperature {t:g}"] for t in o.temperatures})})
+                                                 fmean(accepted), solved,
+                                                 {t: changes[f"temperature {t:g}"] for t in o.temperatures})})
     picture = Path(o.output).with_suffix(".png")
     pilot.draw(results, picture)
     print("", *(result["verdict"] for result in results), f"picture: {picture}", sep="\n")

@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce.py                      # the systems, five seeds each, in two settings
     python benchmarks/reproduce.py --sweep              # the choices that the paper leaves open, too
-    python benchmarks/reproduce.py --quick              # everything once, with few steps and seeds
+    python benchmarks/reproduce.py --quick              # all of it, with few steps and seeds
 
 The settings are two models made from the embedded one: of `rare` plain sampling almost never finds the good solution
 (exploration is the bottleneck), of `often` it often does. Both err in one of twenty running sums, so that not every response
@@ -199,7 +199,8 @@ def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> 
             axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)
             axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], capsize=3, color="black", linewidth=1)
             axis.plot(values, [row] * len(values), "|", color="black", alpha=0.5, markersize=5)
-            axis.annotate(f"{mean:.1f}", (np.nanmax([high, *values]), row), (5, 0), textcoords="offset points", va="center", fontsize=9)
+            axis.annotate(f"{mean:.1f}", (np.nanmax([high, *values]), row), (5, 0), textcoords="offset points", va="center",
+                          fontsize=9)
         axis.set(title=text, xlabel="% right", yticks=range(len(results)), yticklabels=list(results))
         axis.set_xlim(0, 118)   # with room for the figures
         axis.grid(alpha=0.3, axis="x")
@@ -216,7 +217,7 @@ def main() -> None:
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: both)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
     add("--sweep", action="store_true", help="train with the choices that the paper leaves open, too")
-    add("--seeds", type=int, help="runs of each (default: 5, with --quick 2)")
+    add("--seeds", type=int, help="runs of each (default: 5, with --quick 2, and 1 of the choices)")
     add("--steps", type=int, help="training steps of each (default: 60, with --quick 10)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: 300, with --quick 100)")
     add("--processes", type=int, default=cores, help="runs at once (default: one a core)")
@@ -226,13 +227,15 @@ def main() -> None:
     o.model_steps = o.model_steps or (100 if o.quick else 300)
     o.output_dir = (o.output_dir or ROOT / "runs" / ("reproduce-quick" if o.quick else "reproduce")).absolute()
     o.output_dir.mkdir(parents=True, exist_ok=True)
-    about, settings = o.output_dir / "settings.json", {"make": f"{MAKE} --steps {o.model_steps}", "train": f"{TRAIN} --steps {o.steps}"}
+    about = o.output_dir / "settings.json"
+    settings = {"make": f"{MAKE} --steps {o.model_steps}", "train": f"{TRAIN} --steps {o.steps}"}
     if not about.is_file():
         if any(o.output_dir.iterdir()):
             parser.error(f"{o.output_dir} holds files that are not of this script; give another --output-dir")
         about.write_text(json.dumps(settings) + "\n")
     if json.loads(about.read_text()) != settings:
-        parser.error(f"{o.output_dir} holds runs of {about.read_text().strip()}, not {json.dumps(settings)}; give another --output-dir")
+        parser.error(f"{o.output_dir} holds runs of {about.read_text().strip()}, not {json.dumps(settings)}; give another "
+                     f"--output-dir")
     for name, terms in LONGER.items():
         if not (o.output_dir / f"{name}.jsonl").is_file():
             write_jsonl(o.output_dir / f"{name}.jsonl", make_problems(Random(f"{name} problems"), 256, terms, set()))
@@ -286,9 +289,11 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         clocks = [o.output_dir / setting / "seconds",
                   *(beside(folder, "seconds") for runs in done.values() for folder in runs.values())]
         spent = sum(float(line) for file in clocks for line in file.read_text().split())
-        missing = [f"{job.name}, seed {job.seed}" for job in jobs if job.setting == setting and job.seed not in done.get(job.name, {})]
+        missing = [f"{job.name}, seed {job.seed}" for job in jobs
+                   if job.setting == setting and job.seed not in done.get(job.name, {})]
         lines += ["", f"## {setting}", "", f"{len(clocks) - 1} runs, and the making of the model: {spent:,.0f} s of a core."
-                  + f" Not done: {'; '.join(missing)}." * bool(missing), "", "The model before training: " + "; ".join(" ".join(line.split()) for line in made) + ".", ""]
+                  + f" Not done: {'; '.join(missing)}." * bool(missing), "",
+                  "The model before training: " + "; ".join(" ".join(line.split()) for line in made) + ".", ""]
         pilot = rows_of(o.output_dir / setting / "pilot.json", "comparison")
         lines += [*(f"- {each['verdict']}".replace(f"{o.output_dir}/", "") for each in pilot), ""]
         lines += table_of(table, paper=True)

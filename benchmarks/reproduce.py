@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce.py                      # the systems, five seeds each, in two settings
     python benchmarks/reproduce.py --sweep              # the choices that the paper leaves open, too
-    python benchmarks/reproduce.py --quick              # all of it, with few steps and seeds
+    python benchmarks/reproduce.py --quick              # all of it once, with few steps
 
 The settings are two models made from the embedded one: of `rare` plain sampling almost never finds the good solution
 (exploration is the bottleneck), of `often` it often does. Both err in one of twenty running sums, so that not every response
@@ -217,13 +217,13 @@ def main() -> None:
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(default: both)")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
     add("--sweep", action="store_true", help="train with the choices that the paper leaves open, too")
-    add("--seeds", type=int, help="runs of each (default: 5, with --quick 2, and 1 of the choices)")
+    add("--seeds", type=int, help="runs of each (default: 5, with --quick 1)")
     add("--steps", type=int, help="training steps of each (default: 60, with --quick 10)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: 300, with --quick 100)")
     add("--processes", type=int, default=cores, help="runs at once (default: one a core)")
     add("--quick", action="store_true", help="see everything once")
     o = parser.parse_args()
-    o.seeds, o.steps = o.seeds or (2 if o.quick else 5), o.steps or (10 if o.quick else 60)
+    o.seeds, o.steps = o.seeds or (1 if o.quick else 5), o.steps or (10 if o.quick else 60)
     o.model_steps = o.model_steps or (100 if o.quick else 300)
     o.output_dir = (o.output_dir or ROOT / "runs" / ("reproduce-quick" if o.quick else "reproduce")).absolute()
     o.output_dir.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def main() -> None:
     variants = CHOICES if o.sweep or o.quick else {}
     jobs = [Job(setting, name, seed, options, o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
             for seed in range(o.seeds) for setting in o.settings
-            for name, options in (systems if o.quick and seed else systems | variants).items()]   # the choices once will do
+            for name, options in (systems | variants).items()]
     started, failed = time.time(), []
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     pool = ThreadPoolExecutor(o.processes)
@@ -264,9 +264,10 @@ def main() -> None:
                     tqdm.write(f"\n{error}\n", file=sys.stderr)
                 bar.update()
     except (KeyboardInterrupt, RuntimeError, OSError) as error:
+        pool.shutdown(wait=False, cancel_futures=True)   # first, so that none begins when one ends
         for child in psutil.Process().children():
             child.terminate()   # train.py finishes its step and writes a checkpoint
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
         sys.exit(str(error) or "\nstopped; the same command goes on from here")
     report(o, systems, variants, jobs, time.time() - started)
     if failed:
@@ -275,7 +276,7 @@ def main() -> None:
 
 def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) -> None:
     """results.md and the pictures, of the runs that are done."""
-    lines = [f"{o.seeds} seeds, {o.steps} steps; mean over seeds (95 % bootstrap interval), in per cent. This call took "
+    lines = [f"Seeds: {o.seeds}, steps: {o.steps}; mean over seeds (95 % bootstrap interval), in per cent. This call took "
              f"{seconds:,.0f} s."]
     for setting in o.settings:
         done = {}

@@ -221,7 +221,7 @@ def main() -> None:
     add("--steps", type=int, help="training steps of each (default: 60, with --quick 5)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: 300, with --quick 100)")
     add("--processes", type=int, default=cores, help="runs at once (default: one a core)")
-    add("--quick", action="store_true", help="see everything once")
+    add("--quick", action="store_true", help="see everything once: one seed, few steps, too few to learn in `rare`")
     o = parser.parse_args()
     o.seeds, o.steps = o.seeds or (1 if o.quick else 5), o.steps or (5 if o.quick else 60)
     o.model_steps = o.model_steps or (100 if o.quick else 300)

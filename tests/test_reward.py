@@ -251,10 +251,11 @@ def test_no_process_is_left_behind(number):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"up\n"
     deadline = time.monotonic() + reward.START_SECONDS
-    while len(family := psutil.Process(process.pid).children(recursive=True)) < 4:   # two workers, and the child of each
-        assert time.monotonic() < deadline
+    while len(psutil.Process(process.pid).children(recursive=True)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)   # the comparisons hang now
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) == 4   # two workers, and the child of each
     process.send_signal(number)
     process.wait(70)
     _, alive = psutil.wait_procs(family, timeout=5)

@@ -1,0 +1,192 @@
+"""Records what training and evaluation compute, so that a change can be shown to change nothing.
+
+    python tests/golden.py before.json                  # record: every case below, on this machine
+    python tests/golden.py after.json --against before.json
+    python tests/golden.py now.json --only luffy eval   # the cases whose names contain one of these words
+
+Each case runs train.py or eval.py with fixed seeds on the CPU, one thread a process. Recorded are
+metrics.jsonl without the fields that depend on the clock, samples.jsonl, a hash of the final
+weights, the samples of an evaluation and its table. --against lists every difference, to the last
+bit, and exits with status 1 if there is one. Another machine or PyTorch release rounds otherwise,
+so both recordings must come from the same one. --root records another checkout.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds",
+         "tokens_per_second", "prefill_seconds", "decode_seconds"}
+BASE = ("--batch-size 4 --n-on 4 --eval-problems 16 --steps 3 --eval-every 2 --checkpoint-every 2 "
+        "--kl-coef 0.01 --device cpu")
+# A second mini-batch, a high learning rate and wrong off-policy responses: ratios leave 1, so
+# that each option of the objective makes a difference.
+OBJECTIVE = ("--method icpo-rs --mini-batch-size 2 --learning-rate 1e-3 --errs false "
+             "--max-new-tokens 30")
+REWARD = '''
+def part(responses, problems):
+    return [len(text) % 7 / 7 for text in responses]
+'''
+
+TRAINING = {   # name: (options, processes)
+    **{method: (f"--method {method}", 1) for method in ("grpo", "luffy", "icpo", "icpo-rs")},
+    **{f"{method} on 2": (f"--method {method}", 2) for method in ("grpo", "luffy", "icpo", "icpo-rs")},
+    "mini-batches": ("--mini-batch-size 2", 1),
+    "mini-batches on 2": ("--mini-batch-size 2 --micro-batch-tokens 600", 2),
+    "append": ("--group append --n-on 3 --errs false", 1),
+    "append on 2": ("--method icpo-rs --group append --max-new-tokens 30", 2),
+    "bfloat16": ("--dtype bfloat16", 1),
+    "bfloat16 on 2": ("--dtype bfloat16", 2),
+    "recompute cheap": ("--recompute-activations cheap --micro-batch-tokens 600", 1),
+    "recompute all": ("--recompute-activations all --micro-batch-tokens 600", 1),
+    "moments in bfloat16": ("--optimizer-state bfloat16", 1),
+    "second pass": ("--old-logprobs recompute --top-p 0.9 --top-k 20 --mini-batch-size 2", 1),
+    "own reward": ("--reward REWARD:part --delta 0.5", 1),
+    "pairs of 4": ("--shard-size 2", 4),
+    "prompts": ("--num-demonstrations 2 --n-off 2 --demo-chat-template false --instruction Think.", 1),
+    "no chat template": ("--chat-template false --demo-chat-template false --demo-min-chars 20", 1),
+    "sampling": ("--temperature 0.7 --slots 3 --eval-temperature 0 --eval-samples 2", 1),
+    "optimiser": ("--weight-decay 0.5 --grad-clip 0.1 --seed 7", 1),
+    **{f"objective: {options}": (f"{OBJECTIVE} {options}", 1) for options in (
+        "", "--clip-low 0.05", "--clip-high 0.01", "--clip-off-policy false", "--dual-clip 1.05",
+        "--log-ratio-clamp 0.1", "--normalizer micro-batch --micro-batch-tokens 560",
+        "--advantage-eps 0.5", "--std-unbiased false", "--kl-coef 0", "--shaping false",
+        "--shaping-lambda 0.5", "--off-policy-denominator one", "--errs true --errs-strict true",
+        "--errs true --delta 0", "--alpha 2", "--bonus-decay cosine", "--bonus-decay exponential",
+        "--bonus-steps 9")},
+}
+RESUMED = {"resumed": 1, "resumed on 2": 2}   # two steps, then two more
+EVALUATION = {   # name: (options, processes)
+    "eval": ("--shots 0 1 2 --samples 2 --limit 30", 1),
+    "eval on 2": ("--shots 0 1 --limit 30 --k 1", 2),
+    "eval, pilot": ("--compare-shots --limit 40 --temperatures 1.4", 1),
+    "eval, settings": ("--shots 1 --limit 20 --temperature 0.7 --top-p 0.9 --top-k 20 --seed 3 "
+                       "--samples 3 --k 1 2 --demo-chat-template false --answer-format tags", 1),
+}
+
+
+def serve(root: str, script: str, arguments: list[str], environment: dict, output: str) -> None:
+    """A process that runs a script as `python script arguments` would."""
+    sys.stdout.flush()
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.environ |= environment
+    os.chdir(Path(output).parent)
+    sys.argv[:] = [script, *arguments]
+    sys.path[0] = root
+    runpy.run_path(f"{root}/{script}", run_name="__main__")
+
+
+def run(context, root: Path, folder: Path, script: str, arguments: list[str], processes: int = 1) -> str:
+    """What rank 0 prints. Raises RuntimeError where a process fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    outputs, running = [], []
+    for rank in range(processes):
+        environment = {} if processes == 1 else {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        outputs.append(folder / f"output-{rank}.txt")
+        outputs[-1].unlink(missing_ok=True)
+        running.append(context.Process(target=serve, args=(
+            str(root), script, arguments, environment, str(outputs[-1]))))
+        running[-1].start()
+    for process in running:
+        process.join()
+    if any(process.exitcode for process in running):
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n"
+                           + "\n".join(output.read_text()[-3000:] for output in outputs))
+    return outputs[0].read_text()
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def record(context, root: Path, name: str) -> dict:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if name in EVALUATION:
+            options, processes = EVALUATION[name]
+            said = run(context, root, folder, "eval.py",
+                       [*options.split(), "--device", "cpu", "--output", "e.jsonl"], processes)
+            table = [line for line in said.splitlines() if not line.startswith("\r") and "it/s" not in line]
+            about = json.loads((folder / "e.json").read_text())
+            return {"samples": lines_of(folder / "e.jsonl"), "rows": about["rows"],
+                    "comparison": about.get("comparison"),
+                    "table": [line for line in table if line.startswith(("tiny", "On tiny"))]}
+        (folder / "reward.py").write_text(REWARD)
+        if name in RESUMED:
+            for steps, more in (("2", []), ("4", ["--resume"])):
+                run(context, root, folder, "train.py",
+                    [*BASE.split(), "--steps", steps, *more, "--output-dir", "run"], RESUMED[name])
+        else:
+            options, processes = TRAINING[name]
+            options = options.replace("REWARD", str(folder / "reward.py")).split()
+            run(context, root, folder, "train.py", [*BASE.split(), *options, "--output-dir", "run"], processes)
+        weights = hashlib.sha256((folder / "run/final/model.safetensors").read_bytes()).hexdigest()
+        return {"weights": weights, "samples": lines_of(folder / "run/samples.jsonl"),
+                "metrics": [{key: value for key, value in row.items() if key not in CLOCK}
+                            for row in lines_of(folder / "run/metrics.jsonl")]}
+
+
+def differences(before, after, where: str):
+    """Yields a line for the first difference in each part."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys(), key=str):
+            yield from differences(before.get(key), after.get(key), f"{where}, {key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, pair in enumerate(zip(before, after)):
+            found = list(differences(*pair, f"{where}, {number}"))
+            if found:
+                yield from found
+                return
+    elif before != after:
+        yield f"{where}: {str(before)[:200]} became {str(after)[:200]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--against", type=Path, help="a recording to compare with")
+    parser.add_argument("--only", nargs="+", default=[], help="words of which a case's name has one")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to run (default: this one)")
+    options = parser.parse_args()
+    names = [name for name in (*TRAINING, *RESUMED, *EVALUATION)
+             if not options.only or any(word in name for word in options.only)]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "transformers",
+                                    "matplotlib.pyplot", "rapidfuzz"])
+    found = {}
+    with ThreadPoolExecutor(2) as pool, contextlib.suppress(BrokenPipeError):
+        futures = {name: pool.submit(record, context, options.root.resolve(), name) for name in names}
+        for name, future in tqdm(futures.items(), unit="case"):
+            found[name] = future.result()
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if options.against:
+        before = json.loads(options.against.read_text())
+        missing = [name for name in names if name not in before]
+        lines = [line for name in names for line in differences(before.get(name), found[name], name)]
+        print(*lines, f"{len(names)} cases, {len(lines)} differences", sep="\n")
+        sys.exit(1 if lines or missing else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,35 +3,22 @@
     score([r"... so \\boxed{\\frac{1}{2}}"], ["0.5"])         # [1.0]
 
 The final answer is the last box of the response. Equal texts and plain numbers are settled in place; all else goes to
-Math-Verify, which can hang or take all memory, so it runs in worker processes (this same file, run as a script) that are
-killed when a comparison passes its limits.
+Math-Verify, in the worker processes of verify.py.
 """
 
-import atexit
-import contextlib
 import importlib.util
-import json
 import math
-import os
-import queue
 import re
-import select
-import signal
-import subprocess
-import sys
-import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+from verify import compare
+
 FORMATS = ("boxed", "gsm8k", "tags")
 MAX_LENGTH = 10_000          # characters of an answer that Math-Verify is asked about
-MEMORY_LIMIT = 1 << 30       # bytes that a comparison may take
-START_SECONDS = 120          # for a worker to import sympy on a busy machine
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -136,188 +123,8 @@ def score(responses: list[str], answers: list[str], timeout: float = 5.0, worker
     verdicts = {pair: settle(*pair) if pair[0] else False for pair in set(pairs)}   # a group's responses often agree
     hard = [pair for pair, verdict in verdicts.items() if verdict is None]
     if hard:
-        with _lock:
-            verdicts |= zip(hard, _compare(hard, timeout, workers, counts if counts is not None else Counter()))
+        verdicts |= zip(hard, compare(hard, timeout, workers, counts if counts is not None else Counter()))
     return [float(verdicts[pair]) for pair in pairs]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers
-
-class _Worker:
-    """A process that compares, over a pair of pipes, a line each way; see _serve. It ends when its input closes."""
-
-    def __init__(self):
-        # A session of its own: Ctrl-C reaches the trainer, which then closes the pipes, and not the worker.
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), str(MEMORY_LIMIT)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-                                        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-        self.number = 0
-        self._await_child()
-
-    def _await_child(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while line := self._read_line(deadline):
-            if line[0] == "ready":
-                self.child = int(line[1])
-                return
-        self.kill()
-        raise RuntimeError(f"a Math-Verify worker did not start; try: {sys.executable} {os.path.abspath(__file__)}")
-
-    def compare(self, pair: tuple[str, str], timeout: float) -> bool | None:
-        """Math-Verify's verdict; None where a limit was passed."""
-        if line := self._read_line(0.0):   # the child has died meanwhile, of nothing that it was asked
-            self.child = int(line[1])
-        self.number += 1
-        deadline = time.monotonic() + timeout
-        self.process.stdin.write(json.dumps([self.number, *pair]).encode() + b"\n")
-        self.process.stdin.flush()
-        line = self._read_line(deadline)
-        if line and line[0] == str(self.number):
-            return line[1] == "True"
-        if line[:1] == ["ready"]:   # the one that was asked has died, and this is the next
-            self.child = int(line[1])
-            return None
-        if self.process.poll() is not None:
-            raise BrokenPipeError("the worker is gone")
-        os.kill(self.child, signal.SIGKILL)
-        self._await_child()
-        return None
-
-    def kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
-
-    def _read_line(self, deadline: float) -> list[str]:
-        """The words of the worker's next line; none if none comes in time or the worker is gone."""
-        line, output = b"", self.process.stdout.fileno()
-        waiting = select.poll()
-        waiting.register(output, select.POLLIN)
-        while not line.endswith(b"\n"):
-            if not waiting.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
-                return []
-            piece = os.read(output, 1)
-            if not piece:
-                return []
-            line += piece
-        return line.decode().split()
-
-
-_workers: list[_Worker] = []
-_lock = threading.Lock()
-
-
-def _compare(pairs: list[tuple[str, str]], timeout: float, count: int | None, counts: Counter) -> list[bool]:
-    """Math-Verify's verdict on each pair, by `count` workers."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("comparing these answers needs Math-Verify: pip install math-verify")
-    count = min(count or default_workers(), len(pairs))
-    idle = queue.SimpleQueue()
-    for worker in _workers[:count] + [None] * (count - len(_workers)):
-        idle.put(worker)
-    stopping = threading.Event()
-
-    def compare(pair):
-        worker = idle.get()
-        try:
-            for _ in range(2):   # once more if the worker was gone before it was asked: no fault of the pair
-                if stopping.is_set():
-                    return None
-                if worker is None:
-                    worker = _Worker()
-                    _workers.append(worker)
-                try:
-                    return worker.compare(pair, timeout)
-                except OSError:
-                    _workers.remove(worker)
-                    worker.kill()
-                    worker = None
-            return None
-        finally:
-            idle.put(worker)
-
-    threads = ThreadPoolExecutor(count)
-    try:
-        verdicts = list(threads.map(compare, pairs))
-    except BaseException:   # Ctrl-C, above all: nobody waits for what hangs
-        stopping.set()
-        for worker in list(_workers):
-            worker.kill()
-        raise
-    finally:
-        threads.shutdown(cancel_futures=True)
-    counts["timeouts"] += verdicts.count(None)
-    return [bool(verdict) for verdict in verdicts]
-
-
-def default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def _stop_workers() -> None:
-    while _workers:
-        _workers.pop().kill()
-
-
-def _forget_workers() -> None:
-    """In a forked process: the workers are its parent's."""
-    global _lock
-    _workers.clear()
-    _lock = threading.Lock()
-
-
-atexit.register(_stop_workers)
-os.register_at_fork(after_in_child=_forget_workers)
-
-
-def _serve(memory_limit: int) -> None:
-    """The worker process imports Math-Verify once and forks a child that compares; when the child dies, it forks another,
-    in a millisecond. When the trainer is gone, however it went, the child goes too, busy or not."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())   # what the libraries print must not pass for a reply
-    import math_verify
-    while True:
-        here, there = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _serve_pairs(math_verify, replies, memory_limit)
-            os._exit(0)
-        os.close(there)   # now only the child holds it
-        waiting = select.poll()
-        waiting.register(here, 0)   # for its end alone, as of the other
-        waiting.register(sys.stdin.fileno(), 0)
-        gone = {number for number, _ in waiting.poll()}
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(here)
-        if sys.stdin.fileno() in gone:
-            return
-
-
-def _serve_pairs(math_verify, replies, memory_limit: int) -> None:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):   # not every system knows it
-        resource.setrlimit(resource.RLIMIT_AS, (2 * memory_limit, 2 * memory_limit))
-    unit = 1 if sys.platform == "darwin" else 1024
-    replies.write(b"ready %d\n" % os.getpid())
-    for line in sys.stdin.buffer:
-        try:
-            number, given, answer = json.loads(line)
-        except ValueError:   # the rest of a line of which a child that was killed had read a part
-            continue
-        try:   # time limits off: they use signals, and the parent's limit is the one that holds
-            gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, given))
-            verdict = bool(math_verify.verify(gold, target, timeout_seconds=None))
-        except Exception:   # whatever a response makes the parser do, it is not the right answer
-            verdict = False
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > memory_limit:
-            return   # with all that it holds; the next one starts afresh
-        replies.write(b"%d %s\n" % (number, str(verdict).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +175,3 @@ def _where(error: Exception, file: str) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = frames[-1].lineno if frames else getattr(error, "lineno", None)
     return f"{file}, line {line}{f', in {frames[-1].name}' if frames else ''}: {type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]) if len(sys.argv) > 1 else MEMORY_LIMIT)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reward
+import verify
 from data import Problem
 from reward import RewardError, extract_answer, load_reward, own_scores, score, settle
 
@@ -92,7 +93,7 @@ def test_other_formats(answer_format, response, expected):
     (r"\left( 1, 2 \right)", "(1, 2)", 1.0), ("123456789.123456789", "123456789.123456788", 0.0),
 ])
 def test_strings_and_numbers_need_no_worker(given, answer, expected, monkeypatch):
-    monkeypatch.setattr(reward, "_compare", lambda *arguments: pytest.fail("a worker was asked for"))
+    monkeypatch.setattr(reward, "compare", lambda *arguments: pytest.fail("a worker was asked for"))
     assert score([box(given)], [answer]) == [expected]
 
 
@@ -173,14 +174,14 @@ def test_units_do_not_matter_and_numbers_do(a, b, unit):
 @pytest.fixture
 def fresh():
     """No workers before, none after."""
-    reward._stop_workers()
+    verify._stop_workers()
     yield
-    reward._stop_workers()
+    verify._stop_workers()
     assert not workers()
 
 
 def workers():
-    return [process for process in psutil.Process().children(recursive=True) if reward.__file__ in process.cmdline()]
+    return [process for process in psutil.Process().children(recursive=True) if verify.__file__ in process.cmdline()]
 
 
 HANG = box("9^{9^{9^{9^{9}}}}")
@@ -189,26 +190,26 @@ HALF = box(r"\frac{2}{\sqrt{16}}")   # not settled in place
 
 def test_a_comparison_that_hangs_is_killed_and_the_others_go_on(fresh):
     score([HALF], ["0.5"], workers=2)
-    pid, counts, start = reward._workers[0].process.pid, Counter(), time.monotonic()
+    pid, counts, start = verify._workers[0].process.pid, Counter(), time.monotonic()
     hanging = [HANG.replace("9}}", f"{i}}}}}") for i in range(2, 8)]
     assert score([*hanging, HALF], ["3"] * 6 + ["0.5"], timeout=0.5, workers=2, counts=counts) == [0.0] * 6 + [1.0]
     assert time.monotonic() - start < 0.5 * 6 / 2 + 2      # timeout times what hangs over workers, and a little
-    assert counts["timeouts"] == 6 and reward._workers[0].process.pid == pid
+    assert counts["timeouts"] == 6 and verify._workers[0].process.pid == pid
 
 
 def test_a_comparison_has_a_memory_limit(fresh, monkeypatch):
-    monkeypatch.setattr(reward, "MEMORY_LIMIT", 120 << 20)
+    monkeypatch.setattr(verify, "MEMORY_LIMIT", 120 << 20)
     score([HALF], ["0.5"], workers=1)
-    child, counts, start = reward._workers[0].child, Counter(), time.monotonic()
+    child, counts, start = verify._workers[0].child, Counter(), time.monotonic()
     assert score([box("(x+y+z+w)^{200}"), HALF], ["3", "0.5"], timeout=60, workers=1, counts=counts) == [0.0, 1.0]
-    assert counts["timeouts"] == 1 and reward._workers[0].child != child and time.monotonic() - start < 30
+    assert counts["timeouts"] == 1 and verify._workers[0].child != child and time.monotonic() - start < 30
     assert sum(process.memory_info().rss for process in workers()) < 200 << 20   # what it took is gone
 
 
 @pytest.mark.parametrize("victim", ["parent", "child"])
 def test_a_worker_that_dies_is_replaced(fresh, victim):
     score([HALF], ["0.5"], workers=1)
-    worker = reward._workers[0]
+    worker = verify._workers[0]
     os.kill(worker.process.pid if victim == "parent" else worker.child, signal.SIGKILL)
     time.sleep(0.2)
     for _ in range(2):
@@ -250,7 +251,7 @@ def test_no_process_is_left_behind(number):
             f"reward.score([{HANG!r}, {HANG.replace('9}', '8}')!r}], ['3', '3'], timeout=60, workers=2)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"up\n"
-    deadline = time.monotonic() + reward.START_SECONDS
+    deadline = time.monotonic() + verify.START_SECONDS
     while len(psutil.Process(process.pid).children(recursive=True)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)   # the comparisons hang now
@@ -264,11 +265,11 @@ def test_no_process_is_left_behind(number):
 
 def test_torchrun_shares_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    assert reward.default_workers() == 4
+    assert verify.default_workers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert reward.default_workers() == 2
+    assert verify.default_workers() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert reward.default_workers() == 1
+    assert verify.default_workers() == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

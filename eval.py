@@ -7,11 +7,7 @@ Prints one row for each data set and number of shots, and writes every sample to
 goes on after a kill.
 """
 
-import argparse
-import contextlib
-import difflib
 import functools
-import itertools
 import json
 import math
 import os
@@ -21,65 +17,22 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, variance
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
-from model_utils import gather_objects, init_distributed, is_main, load_model, on_main, rank, world_size
-from reward import FORMATS, RewardError, extract_answer, load_reward, own_scores, score, settle
-from rollout import generate, spread
-
-TINY = Path(__file__).resolve().parent / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-REWARD_HELP = "FILE.py:FUNCTION, a reward of your own: (responses, problems) -> list of numbers; by default right answers earn 1"
-ANSWER_HELP = "where the final answer of a response stands: in its last box, behind ####, or in <answer> tags"
-
-
-def embedded(path: str, file: str) -> Path | str:
-    """`path`, where the word tiny stands for a file of the embedded default."""
-    return TINY / file if path == "tiny" else path
-
-
-def option(default, help: str, **more):
-    """A dataclass field that HfArgumentParser turns into a command line option."""
-    if default not in (None, "", []):   # those two stand for something that the help text explains
-        help += " (default: %(default)s)"
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **more})
-    return field(default=default, metadata={"help": help, **more})
-
-
-def make_parser(options: type, description: str, **more) -> HfArgumentParser:
-    parser = HfArgumentParser(options, description=description, allow_abbrev=False,
-                              formatter_class=argparse.HelpFormatter, **more)
-    for action in parser._actions:   # --no-x, which it adds to every --x that is on by default, with the help of --x
-        if action.option_strings[0].startswith("--no_"):
-            action.help = argparse.SUPPRESS
-    return parser
-
-
-def parse(parser: HfArgumentParser, arguments: list[str]):
-    """The options as a dataclass; exits with status 2 and a message for one that does not exist."""
-    options, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
-    if rest:
-        parser.error(f"unknown option {rest[0]}{did_you_mean(rest[0], type(options), '--')}")
-    return options
-
-
-def did_you_mean(word: str, options: type, prefix: str = "") -> str:
-    close = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), options.__dataclass_fields__, 1)
-    return f"; did you mean {prefix}{close[0].replace('_', '-') if prefix else close[0]}?" if close else ""
+from data import Demonstrations, Problem, PromptBuilder, load_problems
+from distributed import gather_objects, init_distributed, is_main, on_main, rank, spread, world_size
+from model_utils import load_model
+from options import DTYPES, EvaluationOptions as Options, embedded, make_parser, parse
+from reward import RewardError, extract_answer, load_reward, own_scores, score, settle
+from rollout import generate
+from runs import find_output, replace_file
 
 
 def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float = 5.0, counts: Counter | None = None):
@@ -162,40 +115,6 @@ def interval(means: list[float]) -> tuple[float, float]:
     return max(0.0, min(p, low)), min(1.0, max(p, high))   # rounding would leave a mean of 0 or 1 outside
 
 
-@dataclass
-class Options:
-    model: str = option("tiny", "folder in Hugging Face format, hub name, run of train.py, one of its checkpoints, or tiny "
-                        "(the embedded default, untrained)")
-    data: list[str] = option(["tiny"], "JSONL files of problems, or tiny (the embedded held-out ones)")
-    demonstrations: str = option("tiny", "JSONL file of worked problems to draw demonstrations from, or tiny")
-    shots: list[int] = option([0, 1], "numbers of demonstrations in the context, a row of the table each")
-    compare_shots: bool = option(False, "the paper's pilot study, which says whether ICPO can help this model: compare answers "
-                                 "without and with demonstrations, and at raised --temperatures, in words and a picture")
-    temperatures: list[float] = option([1.2, 1.5], "those of --compare-shots")
-    samples: int = option(1, "answers sampled for each problem (the k of avg@k and maj@k)")
-    k: list[int] = option([], "the k of pass@k, at most --samples; an answer that scores above 0 passes (default: 1 and --samples)")
-    limit: int = option(0, "use only the first so many problems; 0 uses all")
-    temperature: float = option(1.0, "sampling temperature; 0 is greedy")
-    top_p: float = option(1.0, "nucleus sampling: the likeliest tokens that reach this probability")
-    top_k: int = option(0, "sample among so many likeliest tokens; 0 is all")
-    max_prompt_length: int = option(4096, "longest prompt in tokens; problems beyond it are left out and counted")
-    max_new_tokens: int = option(0, "longest answer in tokens; 0 is 48 for tiny data, else 2048")
-    instruction: str = option(INSTRUCTION, "text that ends every question")
-    chat_template: bool = option(True, "put the tokenizer's chat template around the plain question")
-    demo_chat_template: bool = option(True, "put it around demonstrations and question too")
-    demo_min_chars: int = option(0, "leave out demonstrations with a shorter solution (the authors' release: 58)")
-    output: str = option("", "file for every sample, and with .json for the table; what is there of the same settings is not "
-                         "sampled again (default: eval.jsonl, numbered if that holds another evaluation)")
-    slots: int = option(0, "sequences that a process samples at the same time; 0 is as many as there are, but at most "
-                        "256 and what fits in a third of the free memory")
-    reward: str = option("", REWARD_HELP)
-    answer_format: str = option("boxed", ANSWER_HELP, choices=list(FORMATS))
-    verify_timeout: float = option(5.0, "seconds after which the comparison of two answers counts as wrong")
-    seed: int = option(0, "of sampling and of the draw of demonstrations")
-    dtype: str = option("float32", "to compute in", choices=list(DTYPES))
-    device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
-
-
 class Case(NamedTuple):
     """A row of the table."""
     data: str
@@ -208,10 +127,6 @@ class Case(NamedTuple):
     @property
     def key(self) -> tuple:
         return self.data, self.shots, self.temperature, self.again
-
-
-def key_of(record: dict) -> tuple:
-    return record["data"], record["shots"], record["temperature"], record.get("again", False)
 
 
 def prepare(options: Options):
@@ -284,73 +199,6 @@ def load_any_model(path: str, device, dtype):
         warnings.simplefilter("ignore")
         dcp.load({"model": model.state_dict()}, checkpoint_id=folder)   # into the model's own tensors
     return model.to(dtype), tokenizer
-
-
-# What one evaluation may change and still be the same.
-FREE_ON_RESUME = {"data", "shots", "output", "slots", "device", "k", "temperature", "temperatures", "compare_shots"}
-
-
-def find_output(options: Options, cases: list[Case]) -> tuple[str, dict]:
-    """The file, and what open_output finds in it: --output, or the first of the default name with these settings or none."""
-    if options.output:
-        return options.output, open_output(options.output, options, cases)
-    for number in itertools.count(1):
-        output = "eval.jsonl" if number == 1 else f"eval-{number}.jsonl"
-        with contextlib.suppress(ValueError):
-            return output, open_output(output, options, cases)
-
-
-def open_output(output: str, options: Options, cases: list[Case]) -> dict[tuple[str, int], list[dict]]:
-    """Records of whole problems that an earlier call with these settings has written; what it left half is dropped.
-    Raises ValueError where the file holds another evaluation."""
-    output, about = Path(output), Path(output).with_suffix(".json")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {output.absolute().parent} for --output")
-    paths = [Path(embedded(options.model, "model")), Path(embedded(options.demonstrations, "demonstrations.jsonl")),
-             *(Path(embedded(case.data, "test.jsonl")) for case in cases),
-             *([Path(options.reward.rpartition(":")[0])] if options.reward else [])]
-    settings = {name: value for name, value in vars(options).items() if name not in FREE_ON_RESUME} | {
-        "changed": {str(path): when_written(path) for path in paths if path.exists()}}
-    lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
-    if lines and not about.is_file():
-        raise ValueError(f"{output} is there, but no {about} that says of what evaluation it is: give another --output")
-    old = json.loads(about.read_text()).get("settings") if about.is_file() else {}
-    if old is None:
-        raise ValueError(f"{about}, the table's file, holds something else: give another --output")
-    found = {}
-    for line in lines:
-        if line.endswith("\n"):   # a kill may have cut the last one short
-            record = json.loads(line)
-            found.setdefault(key_of(record), []).append(record)
-    found = {key: records[:len(records) // options.samples * options.samples] for key, records in found.items()}
-    if old and output.is_file():   # empty, too: another evaluation may have just begun
-        was = old.get("changed", {})
-        differing = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
-                     if name != "changed" and old.get(name) != value]
-        differing += [f"{path} has changed" for path, at in settings["changed"].items() if was.get(path, at) != at]
-        differing += [f"other problems of {case.data}" for case in cases if any(
-            record["id"] != problem.id for record, problem in
-            zip(found.get(case.key, [])[::options.samples], case.problems))]
-        if differing:
-            raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give another --output, or delete it")
-        settings["changed"] = was | settings["changed"]
-    replace_file(output, "".join(json.dumps(record) + "\n" for records in found.values() for record in records))
-    replace_file(about, json.dumps({"settings": settings, "rows": []}, indent=1) + "\n")
-    return found
-
-
-def when_written(path: Path) -> int:
-    """Of a file, or of what is loaded from a model folder, run or checkpoint, not of what an evaluation writes there."""
-    loaded = [file for pattern in ("*.safetensors", "tokenizer*", "config.*", ".metadata", "final/*", "checkpoints/*/.metadata")
-              for file in path.glob(pattern)] if path.is_dir() else []
-    return max(file.stat().st_mtime_ns for file in loaded or [path])
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Whatever happens meanwhile, the file is the old one or the new one."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
-    aside.replace(file)
 
 
 def run(options: Options, model, builder, case: Case, records: list[dict]) -> list[dict]:

@@ -18,8 +18,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoTokenizer
+
+from distributed import barrier, full_tensor, is_main
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -168,54 +166,6 @@ def products(x, *linears: Linear):
     if linears[0].packed:
         return linears[0](x).split([linear.out_features for linear in linears], dim=-1)
     return [linear(x) for linear in linears]
-
-
-def _kernel(weight, bias) -> Callable:
-    if weight.is_mkldnn or weight.numel() >= 1 << 17:   # as torch.compile does for a frozen model
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
-
-
-@contextlib.contextmanager
-def pack_weights(model: "Transformer"):
-    """On CPUs in float32, until the `with` block ends, layers with the same input are one product, weights that are not small
-    go through a kernel of oneDNN, and large ones lie in the order in which it reads them: with the few rows of a decode
-    step it needs half the time of the one behind F.linear.
-
-    Weights are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
-    `logits` work."""
-    groups = []
-    if (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-            and platform.machine().lower() in ("x86_64", "amd64")):
-        for block in model.model.layers:
-            a, m = block.self_attn, block.mlp
-            groups += [(a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)]
-        if not model.config.tie_embeddings:
-            groups.append((model.lm_head,))
-    moved = []
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            for group in groups:
-                weight = torch.cat([linear.weight for linear in group]) if len(group) > 1 else group[0].weight.detach()
-                bias = None if group[0].bias is None else torch.cat([linear.bias for linear in group])
-                if weight.numel() >= 1 << 19:   # to move smaller ones leaves holes in memory and saves little
-                    weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)   # for about 32 rows
-                moved.append((group, weight))
-                for linear in group:
-                    linear.weight.data = linear.weight.new_empty(0)
-                group[0].packed = _kernel(weight, bias)
-            if groups:   # embeddings that are the head too stay where they are
-                model.packed_head = _kernel(model.head.detach(), None) if model.config.tie_embeddings else model.lm_head.packed
-        yield
-    finally:
-        with torch.inference_mode(False), torch.no_grad():
-            while moved:   # one by one: the old goes when the new is there
-                group, weight = moved.pop()
-                group[0].packed = None
-                weight = weight.to_dense() if weight.is_mkldnn else weight
-                for linear, part in zip(group, weight.split([linear.out_features for linear in group])):
-                    linear.weight.data = part if part.shape == weight.shape else part.clone()
-        model.packed_head = None
 
 
 class Attention(nn.Module):
@@ -625,139 +575,3 @@ def save_model(model: Transformer, tokenizer, path: str) -> None:
         tokenizer.save_pretrained(aside)
         aside.rename(path)
     barrier()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes. With one, every function here does nothing, so that the callers need not ask.
-
-def init_distributed(device: str = "auto", needed: bool = False) -> torch.device:
-    """Join the process group that torchrun describes, if it started more than one process; returns this one's device.
-
-    needed: make a group of one process, too, as FSDP's mixed precision wants."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch sees no GPU; give cpu or auto")
-    on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(local)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            store, number, size = next(dist.rendezvous("env://"))
-            # After a restart by torchrun --max-restarts the store may still hold the addresses of processes that are gone.
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size)
-        elif needed:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return local
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def gather_objects(mine) -> list:
-    """Every process's object, in order of rank, on every process."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def on_main(function):
-    """What `function` returns on rank 0, on every process; a ValueError of it is raised on every process."""
-    try:
-        outcome = function() if is_main() else None
-    except ValueError as error:
-        outcome = error
-    outcome = gather_objects(outcome)[0]
-    if isinstance(outcome, ValueError):
-        raise outcome
-    return outcome
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP may have sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def shard(model: Transformer, compute_dtype: torch.dtype, shard_size: int = 0, offload: bool = False) -> Transformer:
-    """FSDP2: parameters, gradients and optimiser state split over the processes, block by block.
-
-    Float32 master weights; forward and backward in `compute_dtype`; gradients averaged over all processes in float32.
-    shard_size: processes that share one copy of the weights, 0 for all of them. With fewer (HSDP) there are several copies
-        and only gradients cross between them: give the GPUs of a node, where the network between nodes is slow.
-    offload: parameters wait in the CPU's memory and come to the GPU a block at a time.
-    Needs a process group, of whatever size. Raises ValueError for a shard_size that does not divide the processes.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    size = shard_size or world_size()
-    if world_size() % size:
-        raise ValueError(f"{world_size()} processes cannot share copies of the weights among {size} each: shard_size must "
-                         f"divide their number")
-    shape, names = ((size,), ("shard",)) if size == world_size() else ((world_size() // size, size), ("replicate", "shard"))
-    settings = dict(mesh=init_device_mesh(model.device.type, shape, mesh_dim_names=names),
-                    mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-                    offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
-    for block in model.model.layers:
-        fully_shard(block, **settings)
-    return fully_shard(model, **settings)
-
-
-def wrap_blocks(model: Transformer, recompute: str = "none", compile: bool = False) -> None:
-    """From outside, for the pass that trains alone: activation checkpointing, and torch.compile of each block.
-
-    recompute: what the backward pass computes again instead of keeping it: "all" of a block but its input, or what is
-    "cheap", all but matrix products and attention."""
-    for block in model.model.layers:
-        plain = trained = block.forward
-        if compile:
-            trained = torch.compile(trained, dynamic=True)
-        if recompute != "none":
-            how = {"context_fn": _keep_products} if recompute == "cheap" else {}
-            trained = functools.partial(checkpoint, trained, use_reentrant=False, **how)
-        block.forward = functools.partial(_with_gradient_or_not, trained, plain)
-
-
-def _keep_products():
-    aten = torch.ops.aten
-    return create_selective_checkpoint_contexts([
-        aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default])
-
-
-def _with_gradient_or_not(trained, plain, *arguments):
-    return (trained if torch.is_grad_enabled() else plain)(*arguments)
-
-
-def gather_model(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model to sample with: `model` itself if it is whole and in `dtype`, else a whole copy of it in `dtype`.
-
-    Parameters are gathered once here instead of once per token. Every process must call it; drop the copy when done.
-    """
-    if model.dtype == dtype and not hasattr(model.model.embed_tokens.weight, "full_tensor"):
-        return model
-    with torch.device("meta"):
-        whole = Transformer(model.config)
-    whole.load_state_dict({name: full_tensor(parameter.detach().to(dtype))   # cast first: what travels is half as much
-                           for name, parameter in model.named_parameters()}, assign=True)
-    whole.hf_config, whole.generation_config, whole.stop_ids = model.hf_config, model.generation_config, model.stop_ids
-    return whole.requires_grad_(False)

@@ -14,10 +14,8 @@ no second pass is needed.
 
 import contextlib
 import functools
-import heapq
 import itertools
 import math
-import os
 import time
 import warnings
 import weakref
@@ -26,11 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import psutil
 import torch
 import torch.nn.functional as F
 
-from model_utils import KVCache, ModelConfig, Transformer, pack_weights
+from machine import free_memory, pack_weights
+from model_utils import KVCache, ModelConfig, Transformer
 
 MAX_SLOTS = 256            # where the free memory would allow more
 CHECK_EVERY = 16           # decode steps on a GPU between two looks, which synchronise, at what has ended
@@ -402,28 +400,10 @@ def bucket(number: int, most: int) -> int:
     return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take; processes on one CPU share what it has."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)   # by PyTorch's allocator
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def choose_slots(config: ModelConfig, sequences: int, max_length: int, device, dtype: torch.dtype) -> int:
     """As many slots as there are sequences, as MAX_SLOTS, or as fit in a third of the free memory; at least one."""
     fitting = free_memory(torch.device(device)) // 3 // KVCache.bytes_per_slot(config, max_length, dtype)
     return max(1, min(sequences, MAX_SLOTS, fitting))
-
-
-def spread(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Share prompts out by length, not by count: indices for each process, the longest going first to who has least."""
-    shares, loads = [[] for _ in range(processes)], [(0, p) for p in range(processes)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        load, p = heapq.heappop(loads)
-        shares[p].append(i)
-        heapq.heappush(loads, (load + lengths[i], p))
-    return [sorted(share) for share in shares]
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, uniforms: torch.Tensor):

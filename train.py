@@ -19,7 +19,6 @@ Every random choice is a function of (seed, step, question), never of a process 
 import contextlib
 import copy
 import ctypes
-import fcntl
 import functools
 import itertools
 import json
@@ -37,230 +36,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import yaml
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from curves import draw
-from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems, normalise
-from eval import (ANSWER_HELP, DTYPES, REWARD_HELP, did_you_mean, embedded, evaluate, follow_tokens, make_parser, make_scorer,
-                  option, parse, replace_file)
+from data import Demonstrations, Problem, PromptBuilder, load_problems, normalise
+from distributed import (AdamW, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main, on_main, rank,
+                         shard, spread, world_size, wrap_blocks)
+from eval import evaluate, follow_tokens, make_scorer
 from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss, implicit_expert_forcing, mix_groups,
                   shaped_rewards)
-from model_utils import (Packing, Transformer, barrier, full_tensor, gather_model, gather_objects, init_distributed, is_main,
-                         load_model, on_main, pack, rank, response_logprobs, save_model, shard, spread_out,
-                         world_size, wrap_blocks)
-from reward import FORMATS, RewardError
-from rollout import Sampler, Work, choose_slots, generate, spread
+from model_utils import Packing, Transformer, load_model, pack, response_logprobs, save_model, spread_out
+from options import DTYPES, FREE_ON_RESUME, TrainingOptions as Options, _require, embedded, parse_options, resolve
+from reward import RewardError
+from rollout import Sampler, Work, choose_slots, generate
+from runs import (NotFinite, append, choose_folder, how_to_go_on, load_checkpoint, lock_folder, save_checkpoint, stop_on_signal,
+                  write_settings)
 
-# What each method sets, unless the option is given. ICPO† of the paper is icpo-rs; ICPO† − ERRS is icpo with --errs false.
-METHODS = {
-    "grpo": dict(off_policy="none", errs=False, rs=False, shaping=False, shaping_lambda=0.01,
-                 off_policy_denominator="behaviour"),
-    "luffy": dict(off_policy="dataset", errs=False, rs=False, shaping=True, shaping_lambda=0.1,
-                  off_policy_denominator="one"),
-    "icpo": dict(off_policy="demonstrations", errs=True, rs=False, shaping=True, shaping_lambda=0.01,
-                 off_policy_denominator="behaviour"),
-    "icpo-rs": dict(off_policy="demonstrations", errs=True, rs=True, shaping=True, shaping_lambda=0.01,
-                    off_policy_denominator="behaviour"),
-}
-
-
-@dataclass
-class Options:
-    """Every option, its default that of the embedded model; a choice between paper and release has the paper's."""
-
-    # Model and data
-    model: str = option("tiny", "folder in Hugging Face format, hub name, or tiny (the embedded default)")
-    train_data: str = option("tiny", "JSONL file of problems to train on, or tiny")
-    test_data: str = option("tiny", "JSONL file of held-out problems, or tiny")
-    demonstrations: str = option("tiny", "JSONL file of worked problems to draw demonstrations from, or tiny")
-    instruction: str = option(INSTRUCTION, "text that ends every question")
-    chat_template: bool = option(True, "put the tokenizer's chat template around the plain question")
-    demo_chat_template: bool = option(True, "put it around demonstrations and question too (release: false)")
-    demo_min_chars: int = option(0, "leave out demonstrations with a shorter solution (release: 58)")
-    max_prompt_length: int = option(512, "longest prompt in tokens; questions beyond it are left out and counted")
-
-    # Method: each part is its own switch, and those without a value are as --method says
-    method: Literal["grpo", "luffy", "icpo", "icpo-rs"] = option("icpo", "preset of the parts below")
-    off_policy: Literal["none", "demonstrations", "dataset"] | None = option(
-        None, "where off-policy responses come from: nowhere, the policy with demonstrations in its context (IEF), or "
-        "expert_response of the data (LUFFY) (default: of --method)")
-    errs: bool | None = option(None, "drop off-policy responses outside the expert region, ERRS: true or false "
-                               "(default: of --method)")
-    rs: bool | None = option(None, "add the annealed bonus to accepted off-policy responses, RS: true or false "
-                             "(default: of --method)")
-    shaping: bool | None = option(None, "shape the off-policy ratio by f(x) = x/(x + lambda): true or false "
-                                  "(default: of --method)")
-    shaping_lambda: float | None = option(None, "lambda of f (default: of --method; paper 0.01, release and LUFFY 0.1)")
-    off_policy_denominator: Literal["behaviour", "one"] | None = option(
-        None, "denominator of the off-policy ratio: the demo-prefixed policy that sampled (paper), or 1 (release) "
-        "(default: of --method)")
-    num_demonstrations: int = option(1, "k, demonstrations before each off-policy prompt")
-    n_on: int = option(8, "on-policy responses sampled for each question")
-    n_off: int = option(1, "off-policy responses for each question")
-    group: Literal["replace", "append"] = option(
-        "replace", "accepted off-policy responses replace random on-policy ones, or join them (release, with --n-on 7)")
-    delta: float = option(1.0, "ERRS accepts rewards of at least this")
-    errs_strict: bool = option(False, "ERRS accepts rewards above delta only, as the paper prints it")
-    alpha: float = option(1.0, "size of the bonus of RS")
-    bonus_decay: Literal["linear", "cosine", "exponential"] = option("linear", "how the bonus of RS decays")
-    bonus_steps: int = option(0, "T of RS, the step at which the bonus ends; 0 is --steps")
-
-    # Objective
-    clip_low: float = option(0.2, "epsilon below 1")
-    clip_high: float = option(0.2, "epsilon above 1")
-    clip_off_policy: bool = option(True, "clip the off-policy term too, after f (release: false)")
-    dual_clip: float = option(0.0, "bound on the loss of negative advantages, above 1 (release: 3.0); 0 is off")
-    log_ratio_clamp: float = option(0.0, "bound on the log-ratio (release: 20); 0 is none")
-    normalizer: Literal["batch", "micro-batch"] = option(
-        "batch", "Z counts the response tokens of the whole mini-batch, or of each micro-batch, then averaged (release; "
-        "the update then depends on the micro-batch size)")
-    advantage_eps: float = option(1e-6, "added to the standard deviation of a group")
-    std_unbiased: bool = option(True, "standard deviation of a group with n-1 instead of n")
-    kl_coef: float = option(0.001, "weight of the KL term to the initial model; 0 does without that model")
-    old_logprobs: Literal["sampler", "recompute"] = option(
-        "sampler", "old log-probabilities: those the sampler returned, or a second pass (release)")
-
-    # Sampling
-    temperature: float = option(1.0, "of the policy, in sampling and in the objective")
-    top_p: float = option(1.0, "nucleus sampling; below 1 it needs --old-logprobs recompute")
-    top_k: int = option(0, "sample among so many likeliest tokens; 0 is all; else it needs --old-logprobs recompute")
-    max_new_tokens: int = option(48, "longest response in tokens")
-    slots: int = option(0, "sequences that a process samples at the same time; 0 is as many as there are, but at most "
-                        "256 and what fits in a third of the free memory")
-    compile: bool = option(False, "put the decode step through torch.compile")
-
-    # Optimisation
-    steps: int = option(60, "training steps")
-    batch_size: int = option(16, "questions a step, over all processes")
-    mini_batch_size: int = option(0, "questions an optimiser update; 0 is the whole batch")
-    shard_size: int = option(0, "processes that share one copy of the weights; 0 is all of them, the GPUs of a node keep "
-                             "them off the network between nodes (HSDP)")
-    micro_batch_tokens: int = option(4096, "tokens, prompts included, that a process puts through the model at the same time")
-    learning_rate: float = option(5e-5, "of AdamW, constant")
-    weight_decay: float = option(0.01, "of AdamW")
-    grad_clip: float = option(1.0, "largest gradient norm")
-    recompute_activations: Literal["none", "cheap", "all"] = option(
-        "none", "activation checkpointing: the backward pass computes again, instead of keeping it, what is cheap (all but "
-        "matrix products and attention), or all of a block but its input")
-    compile_blocks: bool = option(False, "put the blocks through torch.compile for the pass that trains")
-    optimizer_state: Literal["float32", "bfloat16", "cpu"] = option(
-        "float32", "AdamW's two moments: as they are, in half the memory, or in the CPU's memory (for small GPUs)")
-    offload_reference: bool = option(False, "keep the initial model of the KL term in the CPU's memory (for small GPUs)")
-    max_skipped: int = option(3, "stop after so many steps in a row whose loss or gradient is not finite; such a step "
-                              "leaves the weights alone and its batch in skipped-step-N.jsonl")
-
-    # Evaluation on held-out problems
-    eval_every: int = option(5, "evaluate every so many steps, before the first and after the last; 0 is never")
-    eval_problems: int = option(0, "held-out problems to evaluate on; 0 is all")
-    eval_samples: int = option(1, "answers to each")
-    eval_temperature: float = option(1.0, "sampling temperature there; 0 is greedy")
-    eval_top_p: float = option(1.0, "nucleus sampling there")
-    eval_top_k: int = option(0, "sample among so many likeliest tokens there; 0 is all")
-
-    # The run
-    output_dir: str = option("", "folder of the run; by default runs/METHOD-seedN, numbered if that exists")
-    resume: bool = option(False, "go on from the newest checkpoint of --output-dir, or of the newest run of that name")
-    checkpoint_every: int = option(20, "write a checkpoint every so many steps; 0 is never")
-    keep_checkpoints: int = option(2, "how many checkpoints to keep")
-    log_questions: int = option(1, "questions a step whose responses go to samples.jsonl")
-    reward: str = option("", REWARD_HELP)
-    answer_format: Literal[FORMATS] = option("boxed", ANSWER_HELP)
-    verify_timeout: float = option(5.0, "seconds after which the comparison of two answers counts as wrong")
-    seed: int = option(0, "of the order of questions, demonstrations and sampling")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "to compute in; master weights are float32")
-    device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
-
-
-# Options that a resumed run may change: beyond rounding they move no number of the steps still to come.
-FREE_ON_RESUME = {"steps", "output_dir", "resume", "checkpoint_every", "keep_checkpoints", "log_questions", "device", "slots",
-                  "compile", "micro_batch_tokens", "eval_every", "shard_size", "recompute_activations", "compile_blocks",
-                  "offload_reference", "max_skipped"}
-
-
-def parse_options(arguments: list[str], saved: dict | None = None) -> Options:
-    """`[config.yaml] --option value …`: what is typed goes over the file, and both over `saved`, the settings of a run
-    that is resumed. Exits with status 2 and a message on an error."""
-    parser = make_parser(Options, __doc__.split("\n")[0], prog="train.py",
-                         usage="torchrun [--nproc-per-node N] train.py [config.yaml] [--option value ...]")
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        file = Path(arguments[0])
-        if not file.is_file():
-            parser.error(f"no configuration file at {file}")
-        settings = yaml.safe_load(file.read_text()) or {}
-        if not isinstance(settings, dict):
-            parser.error(f"{file}: lines of the form 'option: value' were expected")
-        for name in settings:
-            if name not in Options.__dataclass_fields__:
-                parser.error(f"{file}: unknown option {name!r}{did_you_mean(name, Options)}")
-        arguments = _as_arguments(settings) + arguments[1:]
-    return parse(parser, _as_arguments(saved or {}) + arguments)
-
-
-def _as_arguments(settings: dict) -> list[str]:
-    """Settings of a file as if they were typed, so that both pass the same checks; PyYAML reads 1e-6 as text, too."""
-    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
-
-
-def resolve(options: Options) -> Options:
-    """Fill in what --method and the other options imply. Raises ValueError for settings that do not fit together."""
-    o, preset = options, METHODS[options.method]
-    if (o.off_policy or preset["off_policy"]) == "none":   # ICPO − IEF: the parts that act on off-policy responses go, too
-        for part in ("errs", "rs", "shaping"):
-            _require(not getattr(o, part), f"--{part} true acts on off-policy responses, and there are none")
-        preset = preset | dict(errs=False, rs=False, shaping=False)
-    for name, value in preset.items():
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-    o.mini_batch_size = o.mini_batch_size or o.batch_size
-    o.bonus_steps = o.bonus_steps or o.steps
-    for name in ("n_on", "steps", "batch_size", "mini_batch_size", "max_new_tokens",
-                 "max_prompt_length", "keep_checkpoints", "eval_samples", "bonus_steps", "max_skipped"):
-        _require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(o, name)}")
-    for name in ("n_off", "slots", "shard_size", "num_demonstrations", "eval_every", "eval_problems", "checkpoint_every",
-                 "log_questions", "kl_coef", "weight_decay", "alpha", "demo_min_chars", "top_k", "eval_top_k",
-                 "eval_temperature"):
-        _require(getattr(o, name) >= 0, f"--{name.replace('_', '-')} must be at least 0, not {getattr(o, name)}")
-    for name in ("learning_rate", "grad_clip", "temperature", "verify_timeout", "shaping_lambda"):
-        _require(getattr(o, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(o, name)}")
-    _require(o.dual_clip == 0 or o.dual_clip > 1, f"--dual-clip must be 0 (off) or above 1, not {o.dual_clip}")
-    _require(0 <= o.clip_low <= 1 and o.clip_high >= 0, f"--clip-low must be from 0 to 1 and --clip-high at least 0, "
-             f"not {o.clip_low} and {o.clip_high}")
-    if o.off_policy == "none":
-        o.n_off = 0
-    _require(o.off_policy == "none" or o.n_off, "--n-off 0 leaves no off-policy responses; that is --method grpo")
-    _require(o.group == "append" or o.n_off <= o.n_on, f"--n-off {o.n_off} responses cannot replace --n-on {o.n_on}; "
-             f"give at most as many, or --group append")
-    _require(o.off_policy != "dataset" or o.off_policy_denominator == "one",
-             "responses of a data set have no known behaviour policy: give --off-policy-denominator one")
-    _require(o.off_policy != "dataset" or o.n_off == 1, f"a problem has one expert response: --n-off must be 1, "
-             f"not {o.n_off}")
-    _require(o.micro_batch_tokens >= o.max_prompt_length + o.max_new_tokens, f"--micro-batch-tokens {o.micro_batch_tokens} does "
-             f"not hold one sequence of --max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens}")
-    _require(o.old_logprobs == "recompute" or (o.top_p == 1 and o.top_k == 0), "with --top-p or --top-k the sampler's "
-             "log-probabilities are not those of the policy in the objective: give --old-logprobs recompute")
-    _require(o.batch_size % o.mini_batch_size == 0, f"a batch of {o.batch_size} questions does not divide into "
-             f"mini-batches of {o.mini_batch_size}")
-    _require(o.mini_batch_size % world_size() == 0, f"a mini-batch of {o.mini_batch_size} questions does not divide "
-             f"among {world_size()} processes: give a multiple as --mini-batch-size (or --batch-size)")
-    return options
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step
 
 @dataclass
 class Run:
@@ -279,29 +74,6 @@ class Run:
     counts: Counter                     # its "timeouts", since the last step that was logged
     start: int = 0                      # steps already made
     stop: signal.Signals | None = None  # received: this step is the last one
-
-
-def choose_folder(options: Options) -> tuple[Path, dict | None]:
-    """The run's folder, and its saved settings if it is to be resumed. Never one that holds a run, unless resuming."""
-    if options.output_dir:
-        folder = Path(options.output_dir)
-        taken = [folder] if (folder / "config.yaml").is_file() else []
-        if taken and not options.resume:
-            raise ValueError(f"{folder} already holds a run: go on with it (--resume) or give another --output-dir")
-        if not taken and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files that are no run of this script; give another --output-dir")
-    else:
-        base, taken = Path("runs") / f"{options.method}-seed{options.seed}", []
-        for number in itertools.count(1):
-            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-            if not folder.exists():
-                break
-            taken += [folder] if (folder / "config.yaml").is_file() else []
-    if options.resume and taken:
-        return taken[-1], yaml.safe_load((taken[-1] / "config.yaml").read_text())
-    if options.resume:
-        print(f"nothing to resume in {options.output_dir or 'runs'}: starting from the first step")
-    return folder, None
 
 
 def prepare(arguments: list[str]) -> Run:
@@ -428,133 +200,6 @@ def select_data(options: Options, builder: PromptBuilder, problems: list[Problem
 def expert_tokens(builder: PromptBuilder, problem: Problem) -> list[int]:
     """The response that LUFFY reads from the data, with the end-of-text token that a sampled one would have."""
     return builder.tokenizer.encode(problem.expert_response, add_special_tokens=False) + [builder.tokenizer.eos_token_id]
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Hold the run's folder until this process ends, however it ends. Raises ValueError if another one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{folder} is in use: another process is training there now") from None
-    except OSError:   # not every network file system can
-        os.close(lock)
-        return None
-    return lock
-
-
-def write_settings(run: Run) -> None:
-    """config.yaml, and the metrics and samples of the steps made so far, without those after the checkpoint."""
-    settings = {name: value for name, value in asdict(run.options).items() if name not in ("resume", "output_dir")}
-    replace_file(run.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        file = run.folder / name
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        # A kill may have cut the last line short; it is of a step after the checkpoint, as the others dropped here.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start]
-        replace_file(file, "".join(kept))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimiser
-
-class AdamW(torch.optim.AdamW):
-    """AdamW whose moments may rest in bfloat16 or in the CPU's memory, and come to their parameter, in float32, for its
-    update alone.
-
-    The second moment changes by a thousandth a step, which rounding to the nearest bfloat16 would always undo; so it is
-    rounded up or down at random, such that the mean is right. The random numbers are a function of step and parameter."""
-
-    def __init__(self, parameters, rest: str = "float32", **settings):
-        super().__init__(parameters, fused=True, **settings)   # without copies of the weights' size
-        self.rest = rest
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if self.rest == "float32":
-            return super().step(closure)
-        group, = self.param_groups
-        parameters = group["params"]
-        try:
-            for index, parameter in enumerate(parameters):
-                state = self.state[parameter]
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name in state:
-                        state[name] = state[name].to(device=parameter.device, dtype=torch.float32)
-                group["params"] = [parameter]
-                super().step()
-                self.put_away(state, index)
-        finally:
-            group["params"] = parameters
-
-    def put_away(self, state: dict, index: int) -> None:
-        if self.rest == "cpu":
-            state |= {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq") if name in state}
-        elif self.rest == "bfloat16" and "exp_avg" in state:
-            seed = (int(state["step"]) * 1_000_003 + index) % 2 ** 32   # of more bits the CPU's generator ignores the rest
-            state |= {"exp_avg": state["exp_avg"].bfloat16(), "exp_avg_sq": round_at_random(state["exp_avg_sq"], seed)}
-
-    def put_all_away(self) -> None:
-        """After a checkpoint has been read, which brings all of them to their parameters."""
-        for index, parameter in enumerate(self.param_groups[0]["params"]):
-            self.put_away(self.state[parameter], index)
-
-
-def round_at_random(x: torch.Tensor, seed: int) -> torch.Tensor:
-    """float32 -> bfloat16, up or down with the probabilities that keep the mean. `x` may be sharded."""
-    local = x.to_local() if isinstance(x, DTensor) else x
-    if local.dtype == torch.float32:
-        generator = torch.Generator(local.device).manual_seed(seed)
-        noise = torch.randint(1 << 16, local.shape, generator=generator, device=local.device, dtype=torch.int32)
-        local = ((local.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
-    if isinstance(x, DTensor):
-        return DTensor.from_local(local, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
-    return local
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: folders checkpoints/step-N, complete or not there
-
-def save_checkpoint(run: Run, step: int) -> None:
-    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
-    aside, final = (run.folder / "checkpoints" / name for name in (f".step-{step}.partial", f"step-{step}"))
-    if is_main():
-        for leftover in (aside, final):   # of a run that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
-    barrier()
-    try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
-    except BaseException:   # a full disk, above all
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if is_main():
-        aside.rename(final)
-        for old in find_checkpoints(run.folder)[:-run.options.keep_checkpoints]:
-            gone = old.with_name(f".{old.name}.partial")   # out of sight first: a half-deleted one must not look whole
-            shutil.rmtree(gone, ignore_errors=True)
-            old.rename(gone)
-            shutil.rmtree(gone)
-    barrier()
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The complete ones, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def load_checkpoint(run: Run) -> int:
-    """Continue from the newest checkpoint, written by whatever number of processes; returns the steps it has made."""
-    newest = on_main(lambda: (find_checkpoints(run.folder) or [None])[-1])
-    if newest is None:
-        _require(not (run.folder / "final").exists(), f"{run.folder} is a finished run without a checkpoint to go on from")
-        return 0
-    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)
-    set_state_dict(run.model, run.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    run.optimizer.put_all_away()
-    return int(newest.name.removeprefix("step-"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -861,14 +506,6 @@ def held_out_accuracy(run: Run) -> float:
     return fmean(record["score"] for record in records)
 
 
-def append(file: Path, objects: list[dict]) -> None:
-    """A line of JSON for each, null for what is not finite."""
-    objects = [{name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in each.items()} for each in objects]
-    with file.open("a") as stream:
-        stream.write("".join(json.dumps(each) + "\n" for each in objects))
-
-
 def sample_records(run: Run, rows: list[Response], step: int) -> list[dict]:
     """What samples.jsonl keeps of a step: every response to its first questions."""
     return [{"step": step + 1, "problem": batch_problem(run, step, row.slot).problem, "off_policy": row.off_policy,
@@ -876,32 +513,6 @@ def sample_records(run: Run, rows: list[Response], step: int) -> list[dict]:
              "advantage": row.advantage}
             for part in gather_objects([r for r in rows if r.slot < run.options.log_questions])
             for row in part]
-
-
-@contextlib.contextmanager
-def stop_on_signal(run: Run):
-    """SIGTERM and SIGINT let the step finish; a second SIGINT, not the same one forwarded by torchrun, does not."""
-    received = 0.0
-
-    def handler(number, frame):
-        nonlocal received
-        if run.stop is None:
-            run.stop, received = signal.Signals(number), time.monotonic()
-            if is_main():
-                tqdm.write(f"{run.stop.name}: finishing this step, then a checkpoint", file=sys.stderr)
-        elif number == signal.SIGINT and time.monotonic() - received > 2:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-class NotFinite(RuntimeError):
-    """Several steps in a row had a loss or gradient that is not finite."""
 
 
 def train(run: Run) -> None:
@@ -973,11 +584,6 @@ def train(run: Run) -> None:
         if accuracies:
             print(f"held-out accuracy went from {accuracies[0]:.1%} to {accuracies[-1]:.1%} "
                   f"({len(run.held_out)} problems, 0 shots, temperature {o.eval_temperature})")
-
-
-def how_to_go_on(run: Run) -> str:
-    processes = f"--nproc-per-node {world_size()} " if world_size() > 1 else ""
-    return f"torchrun {processes}train.py --resume --output-dir {run.folder}"
 
 
 def main() -> None:

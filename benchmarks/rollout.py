@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import PromptBuilder, load_problems   # noqa: E402
-from eval import DTYPES, TINY, make_parser, option, parse   # noqa: E402
+from options import DTYPES, TINY, make_parser, option, parse   # noqa: E402
 from model_utils import ModelConfig, Transformer, find_folder, load_model, token_logprobs   # noqa: E402
 from rollout import Sampler, Work, generate   # noqa: E402
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import train as trainer   # noqa: E402
 from benchmarks.rollout import (QWEN3_1_7B, Case, block_weights, find_stop_ids, measure_machine, peak_resident,   # noqa: E402
                                 report, synchronise)
-from eval import DTYPES, TINY, make_parser, option, parse   # noqa: E402
+from options import DTYPES, TINY, make_parser, option, parse   # noqa: E402
 from model_utils import ModelConfig, find_folder, load_model   # noqa: E402
 from reward import score   # noqa: E402
 

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from model_utils import (KVCache, ModelConfig, Transformer, gather_model, load_model, pack, pack_weights, response_logprobs,
-                         save_model, token_logprobs, wrap_blocks)
+from distributed import gather_model, wrap_blocks
+from machine import pack_weights
+from model_utils import (KVCache, ModelConfig, Transformer, load_model, pack, response_logprobs,
+                         save_model, token_logprobs)
 from rollout import generate
 
 V, STOP = 100, 3

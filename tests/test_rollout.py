@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from distributed import spread
 from model_utils import ModelConfig, Transformer, token_logprobs
 import rollout
-from rollout import Completion, Sampler, _stream_key, bucket, choose_slots, generate, sample, spread, uniform
+from rollout import Completion, Sampler, _stream_key, bucket, choose_slots, generate, sample, uniform
 
 V, NEW = 40, 24
 PROMPTS = [[5, 17, 2, 30, 9], [11], [3, 3, 8, 1, 0, 39, 22, 14, 7], [25, 6, 19], [1, 2, 3, 4, 5, 6, 7, 8, 9], [28, 33]]

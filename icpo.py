@@ -1,21 +1,23 @@
-"""ICPO, In-Context Steered Policy Optimization (arXiv 2510.26519), equation by equation. Needs torch alone.
+"""ICPO, In-Context Steered Policy Optimization (arXiv 2510.26519), equation by equation.
 
-Copy this file into any trainer. One step of the method, with B responses as rows, `group` their question, `off_policy`
-those that were sampled with demonstrations in the context:
+This file needs torch alone; copy it into any trainer. One step of the method, with B responses as
+rows, `group` the question of each row, `off_policy` True for rows sampled with demonstrations:
 
-    accepted   = expert_region(rewards, off_policy)                            # (ERRS)
-    rewards    = shaped_rewards(rewards, off_policy, accepted, bonus)          # (RS), bonus = annealed_bonus(t, T)
-    keep       = mix_groups(off_policy, group, accepted, torch.rand(B))        # accepted ones replace on-policy ones
-    advantages = group_advantages(rewards, group, keep)                        # (ADV)
-    loss, _    = icpo_loss(logprobs, old_logprobs, advantages, mask * keep[:, None], off_policy)   # (ICPO)
+    accepted   = expert_region(rewards, off_policy)                                  # (ERRS)
+    rewards    = shaped_rewards(rewards, off_policy, accepted, bonus)                # (RS)
+    keep       = mix_groups(off_policy, group, accepted, torch.rand(B))              # G_on ∪ G_off
+    advantages = group_advantages(rewards, group, keep)                              # (ADV)
+    loss, _    = icpo_loss(logprobs, old_logprobs, advantages, mask * keep[:, None], off_policy)
 
-`logprobs` are always those of the plain question; `old_logprobs` those of the prompt that sampled.
+with bonus = annealed_bonus(t, T). `logprobs` are those of the plain question in every row;
+`old_logprobs` are those of the prompt that sampled the row.
 
-How the defaults stand to the paper's text:
-1. (ERRS) accepts R ≥ δ; the printed R > δ accepts nothing where R is 0 or 1 and δ is 1. strict=True is the printed form.
-2. (ADV) divides by std + 1e-6, std being the unbiased one; a group whose rewards are all equal has advantage 0.
-3. (RATIO) is exact for |log r| up to 79 in float32 and constant beyond, so that every ratio is finite.
-4. (ICPO) leaves Z open: here the number of response tokens that enter the objective.
+Four points in which the paper's text leaves a choice:
+1. (ERRS) accepts R ≥ δ. The printed R > δ accepts nothing where R is 0 or 1 and δ is 1;
+   strict=True gives the printed form.
+2. (ADV) divides by std + 1e-6 with the unbiased std. A group of equal rewards has advantage 0.
+3. (RATIO) is exact for |log r| up to 79 in float32 and constant beyond, so every ratio is finite.
+4. (ICPO) leaves Z open. Here Z is the number of response tokens that enter the objective.
 """
 
 import math
@@ -27,18 +29,19 @@ from torch import Tensor
 def implicit_expert_forcing(policy, demo_prompts):
     """(IEF) π_θ^IEF(τ | q) := π_θ(τ | [D; q]).
 
-    The expert is the policy itself, with demonstrations before the question. policy: a function of a list of prompts,
-    be it the sampler or a scorer of given responses. demo_prompts: the prompts [D; q]. Returns what policy returns;
-    no gradient flows through these prompts.
+    The expert is the policy itself with demonstrations before the question. policy: a function of
+    a list of prompts, either a sampler or a scorer of given responses. demo_prompts: the prompts
+    [D; q]. Returns what policy returns; no gradient flows through these prompts.
     """
     with torch.no_grad():
         return policy(demo_prompts)
 
 
-def expert_region(rewards: Tensor, off_policy: Tensor, delta: float = 1.0, strict: bool = False) -> Tensor:
-    """(ERRS) E_exp = { (x_exp, τ_j) | R(τ_j) ≥ δ }: which responses may enter the objective.
+def expert_region(rewards: Tensor, off_policy: Tensor, delta: float = 1.0,
+                  strict: bool = False) -> Tensor:
+    """(ERRS) E_exp = { (x_exp, τ_j) | R(τ_j) ≥ δ }: the responses that may enter the objective.
 
-    rewards: [B] before any bonus. off_policy: [B] bool. strict: R > δ, as the paper prints it.
+    rewards: [B], before any bonus. off_policy: [B] bool. strict: use R > δ, as the paper prints it.
     Returns [B] bool, True also for every on-policy row.
     """
     inside = rewards > delta if strict else rewards >= delta
@@ -48,12 +51,13 @@ def expert_region(rewards: Tensor, off_policy: Tensor, delta: float = 1.0, stric
 def annealed_bonus(step: int, total_steps: int, alpha: float = 1.0, decay: str = "linear") -> float:
     """(RS) α·γ(t), with γ(t) = 1 − t/T.
 
-    step: t, the updates made before this one, so that the first has the whole bonus. total_steps: T; beyond it the
-    bonus is 0. decay: "linear"; or "cosine", γ = (1 + cos πt/T)/2; or "exponential", γ = e^(−5t/T).
-    Raises ValueError for another decay, a negative step, or T below 1.
+    step: t, the number of steps before this one, so the first step has the whole bonus.
+    total_steps: T; from step T on the bonus is 0. decay: "linear"; "cosine", γ = (1 + cos πt/T)/2;
+    or "exponential", γ = e^(−5t/T). Raises ValueError for another decay, t < 0 or T < 1.
     """
     if total_steps < 1 or step < 0:
-        raise ValueError(f"step must be at least 0 and total_steps at least 1, not {step} and {total_steps}")
+        raise ValueError(f"step must be at least 0 and total_steps at least 1, "
+                         f"not {step} and {total_steps}")
     done = step / total_steps
     if done >= 1:
         return 0.0
@@ -67,19 +71,22 @@ def annealed_bonus(step: int, total_steps: int, alpha: float = 1.0, decay: str =
 
 
 def shaped_rewards(rewards: Tensor, off_policy: Tensor, accepted: Tensor, bonus: float) -> Tensor:
-    """(RS) R_shaped(τ) = R(τ) + α·γ(t) for accepted expert responses; others keep R(τ).
+    """(RS) R_shaped(τ) = R(τ) + α·γ(t) for accepted expert responses; all others keep R(τ).
 
-    rewards: [B]. off_policy: [B] bool. accepted: [B] bool, from `expert_region`. bonus: α·γ(t). Returns [B].
+    rewards: [B]. off_policy: [B] bool. accepted: [B] bool, from `expert_region`. bonus: α·γ(t).
+    Returns [B].
     """
     return rewards + bonus * (off_policy.bool() & accepted.bool()).to(rewards.dtype)
 
 
-def mix_groups(off_policy: Tensor, group: Tensor, accepted: Tensor, priority: Tensor, mode: str = "replace") -> Tensor:
-    """Step 3 of the procedure: which rows form each question's mixed group G_on ∪ G_off.
+def mix_groups(off_policy: Tensor, group: Tensor, accepted: Tensor, priority: Tensor,
+               mode: str = "replace") -> Tensor:
+    """Forms each question's mixed group G_on ∪ G_off, over which (ADV) and (ICPO) are computed.
 
-    off_policy, accepted: [B] bool. group: [B] int, the question of each row. priority: [B] random numbers.
-    mode: "replace": each accepted off-policy row takes the place of a random on-policy row of its group, the one of
-    lowest priority; "append": it joins them. Off-policy rows that are not accepted leave. Returns [B] bool.
+    Off-policy rows that are not accepted leave. mode "replace": each accepted off-policy row takes
+    the place of one on-policy row of its group, chosen by lowest priority; "append": it joins them.
+    off_policy, accepted: [B] bool. group: [B] int, the question of each row. priority: [B], random
+    numbers. Returns [B] bool, True for the rows in a group. Raises ValueError for another mode.
     """
     if mode not in ("replace", "append"):
         raise ValueError(f"mode must be replace or append, not {mode!r}")
@@ -87,9 +94,9 @@ def mix_groups(off_policy: Tensor, group: Tensor, accepted: Tensor, priority: Te
     if mode == "append":
         return ~off_policy | accepted
     same = group[:, None] == group[None, :]                                    # [B, B]
-    order = priority.to(group.device).argsort().argsort()                      # ranks, so that no two are equal
-    entering = (same & (off_policy & accepted)).sum(1)                         # [B] accepted rows in the row's group
-    before = (same & ~off_policy & (order < order[:, None])).sum(1)            # [B] on-policy rows that leave sooner
+    order = priority.to(group.device).argsort().argsort()                      # [B] ranks: no ties
+    entering = (same & (off_policy & accepted)).sum(1)                         # [B] accepted rows
+    before = (same & ~off_policy & (order < order[:, None])).sum(1)            # [B] leave earlier
     return torch.where(off_policy, accepted, before >= entering)
 
 
@@ -97,15 +104,15 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
                      unbiased: bool = True) -> Tensor:
     """(ADV) Â_i = (R(τ_i) − mean(G_on ∪ G_off)) / (std(G_on ∪ G_off) + eps).
 
-    rewards: [B]. group: [B] int ids, in any order. keep: [B] bool; rows outside it get 0 and do not count.
-    unbiased: divide the sum of squares by n − 1, else by n.
-    Returns [B] float32 or float64; exactly 0 in a group of one, and where all rewards of a group are equal.
+    rewards: [B]. group: [B] int ids in any order. keep: [B] bool; rows outside it get 0 and do not
+    count. unbiased: divide the sum of squares by n − 1 instead of n.
+    Returns [B] float32 or float64: exactly 0 in a group of one and in a group of equal rewards.
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep.bool()
     ids, index = group.unique(return_inverse=True)                             # [groups], [B]
 
-    def total(values):                                                         # [B] -> sum over the row's group, [B]
+    def total(values):                                           # [B] -> sum of the row's group [B]
         return values.new_zeros(len(ids)).index_add(0, index, values)[index]
 
     def extreme(reduce, fill):
@@ -116,20 +123,23 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
     mean = total(rewards.where(keep, 0.0)) / count.clamp(min=1)
     centred = (rewards - mean).where(keep, 0.0)
     std = (total(centred ** 2) / (count - float(unbiased)).clamp(min=1)).sqrt()
-    # Equal rewards are told by comparing them: their mean may be off by a rounding error that 1/eps would blow up.
+    # Equal rewards are found by comparing them, because 1/eps would magnify a rounding error of
+    # their mean.
     varied = keep & (extreme("amax", -math.inf) > extreme("amin", math.inf))
     return (centred / (std + eps)).where(varied, 0.0)
 
 
-def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor, denominator: str = "behaviour",
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor,
+                     denominator: str = "behaviour",
                      log_ratio_clamp: float | None = None) -> Tensor:
-    """(RATIO) on-policy   r_{i,t}(θ) = π_θ(τ_{i,t} | q, τ_{i,<t}) / π_θold(τ_{i,t} | q, τ_{i,<t})
-               off-policy  r̂_{j,t}(θ) = π_θ(τ_{j,t} | q, τ_{j,<t}) / π_θold^IEF(τ_{j,t} | q, τ_{j,<t})
+    """(RATIO) on-policy r_{i,t}(θ) = π_θ(τ_{i,t} | q, τ_{i,<t}) / π_θold(τ_{i,t} | q, τ_{i,<t})
+              off-policy r̂_{j,t}(θ) = π_θ(τ_{j,t} | q, τ_{j,<t}) / π_θold^IEF(τ_{j,t} | q, τ_{j,<t})
 
-    logprobs: [B, T], of the plain question in every row. old_logprobs: [B, T], of the prompt that sampled: q on-policy,
-    [D; q] off-policy. off_policy: [B] bool. denominator of off-policy rows: "behaviour", as above, or "one", as LUFFY.
-    log_ratio_clamp: bound on |log r|; None bounds it only where the dtype could not hold the ratio (79 in float32).
-    Returns [B, T], always finite for finite arguments.
+    logprobs: [B, T], of the plain question in every row. old_logprobs: [B, T], of the prompt that
+    sampled: q on-policy, [D; q] off-policy. off_policy: [B] bool. denominator of off-policy rows:
+    "behaviour", as above, or "one", as in LUFFY. log_ratio_clamp: bound on |log r|; None bounds it
+    only where the dtype could not hold the ratio (79 in float32).
+    Returns [B, T], finite for finite arguments. Raises ValueError for another denominator.
     """
     if denominator not in ("behaviour", "one"):
         raise ValueError(f"off-policy denominator must be behaviour or one, not {denominator!r}")
@@ -138,16 +148,11 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor,
     return _bounded_exp(logprobs - old_logprobs, log_ratio_clamp)
 
 
-def _bounded_exp(x: Tensor, bound: float | None = None) -> Tensor:
-    widest = 0.9 * math.log(torch.finfo(x.dtype).max)
-    bound = widest if bound is None else min(bound, widest)
-    return x.clamp(-bound, bound).exp()
-
-
 def policy_shaping(ratio: Tensor, lam: float = 0.01) -> Tensor:
-    """f(x) = x / (x + λ). Its slope λ/(x + λ)² is steepest at 0: tokens that the policy finds unlikely learn most.
+    """f(x) = x / (x + λ). Its slope λ/(x + λ)² is steepest at 0, so unlikely tokens learn most.
 
-    ratio: any shape, ≥ 0. lam: λ > 0. Returns the same shape, values in [0, 1). Raises ValueError for λ ≤ 0.
+    ratio: any shape, ≥ 0. lam: λ > 0. Returns the same shape, with values in [0, 1).
+    Raises ValueError for λ ≤ 0.
     """
     if lam <= 0:
         raise ValueError(f"λ must be above 0, not {lam}")
@@ -156,88 +161,101 @@ def policy_shaping(ratio: Tensor, lam: float = 0.01) -> Tensor:
 
 def clip(ratio: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2,
          dual_clip: float | None = None) -> Tensor:
-    """(CLIP) CLIP(r, A, ε) = min(r·A, clip(r, 1 − ε, 1 + ε)·A), with ε = clip_low below 1 and clip_high above.
+    """(CLIP) CLIP(r, A, ε) = min(r·A, clip(r, 1 − ε, 1 + ε)·A), ε = clip_low or clip_high.
 
-    ratio: [B, T]. advantages: broadcastable to it. dual_clip: c > 1 bounds the result below by c·A where A < 0.
-    Returns [B, T]. Raises ValueError for a range that does not hold 1.
+    ratio: [B, T]. advantages: broadcastable to it. dual_clip: c > 1 bounds the result below by c·A
+    where A < 0. Returns [B, T]. Raises ValueError for a range that does not hold 1, or c ≤ 1.
     """
     if not 0 <= clip_low <= 1 or clip_high < 0:
-        raise ValueError(f"clip_low must be from 0 to 1 and clip_high at least 0, not {clip_low} and {clip_high}")
+        raise ValueError(f"clip_low must be from 0 to 1 and clip_high at least 0, "
+                         f"not {clip_low} and {clip_high}")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    clipped = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    clipped = torch.minimum(ratio * advantages,
+                            ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip is not None:
-        clipped = torch.where(advantages < 0, torch.maximum(clipped, dual_clip * advantages), clipped)
+        clipped = torch.where(advantages < 0, torch.maximum(clipped, dual_clip * advantages),
+                              clipped)
     return clipped
 
 
-def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, off_policy: Tensor,
-                           clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
-    """(MIXED) J_Mixed(θ) = E_on[ 1/|τ| Σ_t CLIP(r_t, Â, ε) ] + E_off[ 1/|τ| Σ_t CLIP(r̂_t, Â, ε) ], to maximise.
+def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                           off_policy: Tensor, clip_low: float = 0.2,
+                           clip_high: float = 0.2) -> Tensor:
+    """(MIXED) J(θ) = E_on[ 1/|τ| Σ_t CLIP(r_t, Â, ε) ] + E_off[ 1/|τ| Σ_t CLIP(r̂_t, Â, ε) ].
 
-    The paper's step on the way to (ICPO), which shapes the off-policy ratio, rejects by (ERRS) and divides by Z
-    instead. Arguments as for `icpo_loss`; rows without response tokens do not count. Returns a scalar.
+    J is to be maximised. It is the paper's step towards (ICPO), which shapes the off-policy ratio,
+    rejects by (ERRS) and divides by Z instead. Arguments: see `icpo_loss`; rows without response
+    tokens do not count. Returns a scalar.
     """
-    ratio = importance_ratio(logprobs.where(mask.bool(), 0.0), old_logprobs.where(mask.bool(), 0.0), off_policy)
+    counts = mask.bool()
+    logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs))
+    ratio = importance_ratio(logprobs, old_logprobs, off_policy)
     tokens = clip(ratio, advantages[:, None], clip_low, clip_high) * mask                  # [B, T]
     lengths = mask.sum(1)                                                                  # [B] |τ|
     rows = tokens.sum(1) / lengths.clamp(min=1)                                            # [B]
     on, off = ((lengths > 0) & side for side in (~off_policy.bool(), off_policy.bool()))
-    return sum((rows * side).sum() / side.sum().clamp(min=1) for side in (on, off))
+    return sum(((rows * side).sum() / side.sum().clamp(min=1) for side in (on, off)),
+               start=rows.new_zeros(()))
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of KL(π_θ ‖ π_ref) at each token, e^x − x − 1 with x = log π_ref − log π_θ. Any shape; ≥ 0."""
+    """The k3 estimate of KL(π_θ ‖ π_ref) at each token: e^x − x − 1 with x = log π_ref − log π_θ.
+
+    Both of any one shape. Returns that shape, ≥ 0.
+    """
     x = ref_logprobs - logprobs
     return _bounded_exp(x) - x - 1
 
 
-def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, off_policy: Tensor, *,
-              clip_low: float = 0.2, clip_high: float = 0.2, shaping_lambda: float | None = 0.01,
-              off_policy_denominator: str = "behaviour", normalizer=None, dual_clip: float | None = None,
-              ref_logprobs: Tensor | None = None, kl_coef: float = 0.0, clip_off_policy: bool = True,
+def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+              off_policy: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2,
+              shaping_lambda: float | None = 0.01, off_policy_denominator: str = "behaviour",
+              normalizer=None, dual_clip: float | None = None, ref_logprobs: Tensor | None = None,
+              kl_coef: float = 0.0, clip_off_policy: bool = True,
               log_ratio_clamp: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """(ICPO) J = 1/Z · ( Σ_i Σ_t CLIP(r_{i,t}, A_i, ε) + ρ( Σ_j Σ_t CLIP(f(r̂_{j,t}), Â_j, ε) ) ); the loss is −J + β·KL.
+    """(ICPO) J = 1/Z · ( Σ_i Σ_t CLIP(r_{i,t}, A_i, ε) + ρ( Σ_j Σ_t CLIP(f(r̂_{j,t}), Â_j, ε) ) ).
 
-    logprobs: [B, T] log π_θ of each response token after the plain question, in every row; carries the gradient.
-    old_logprobs: [B, T] under the policy and prompt that sampled: q on-policy, [D; q] off-policy (not read off-policy
-        where off_policy_denominator is "one").
+    The loss is −J + β·KL.
+    logprobs: [B, T], log π_θ of each response token after the plain question, in every row; they
+        carry the gradient.
+    old_logprobs: [B, T], under the policy and prompt that sampled: q on-policy, [D; q] off-policy.
+        Off-policy rows of it are not read where off_policy_denominator is "one".
     advantages: [B], from `group_advantages`.
-    mask: [B, T], 1.0 on response tokens that count, 0.0 elsewhere. ρ is this mask: all 0 in rejected rows. What stands
-        at masked places is never looked at.
+    mask: [B, T], 1.0 on response tokens that count, 0.0 elsewhere. ρ is this mask: it is 0 in
+        rejected rows. Values at masked places are not used.
     off_policy: [B] bool.
-    clip_low, clip_high: ε on either side; GRPO's pair is 0.2 and 0.2. clip_off_policy: whether (CLIP) applies to
-        off-policy rows; as f < 1, it makes no difference there for Â ≥ 0.
-    shaping_lambda: λ of f, `policy_shaping`; None leaves r̂ as it is.
+    clip_low, clip_high: ε below and above 1; GRPO uses 0.2 and 0.2. clip_off_policy: whether (CLIP)
+        applies to off-policy rows; as f < 1, this makes no difference where Â ≥ 0.
+    shaping_lambda: λ of f, see `policy_shaping`; None leaves r̂ as it is.
     off_policy_denominator, log_ratio_clamp: see `importance_ratio`. dual_clip: see `clip`.
-    normalizer: Z, by default mask.sum(). Given that of the whole batch, the losses of any split of it sum to the loss
-        of the whole; so do all metrics but ratio_max.
-    ref_logprobs: [B, T] under the reference policy, after the plain question; kl_coef: β, which needs them.
+    normalizer: Z, by default mask.sum(). With the Z of the whole batch, the losses of the parts of
+        any split add up to the loss of the whole, and so do all metrics except ratio_max.
+    ref_logprobs: [B, T], under the reference policy after the plain question. kl_coef: β.
 
-    Returns (loss, metrics), scalars, the metrics without gradient: policy_loss (−J), kl (`kl_k3` over Z), clip_fraction
-    (tokens at which a clip binds, over Z), clip_fraction_off (those of them off-policy, over Z), off_policy_share
-    (off-policy tokens over Z), ratio_max (the largest r or r̂, before f).
-    An empty mask gives loss 0. Raises ValueError for shapes that do not fit and settings that make no sense.
+    Returns (loss, metrics): scalars, the metrics without gradient. policy_loss is −J; kl is `kl_k3`
+    over Z; clip_fraction counts tokens at which a clip binds, over Z; clip_fraction_off counts the
+    off-policy ones of them, over Z; off_policy_share counts off-policy tokens, over Z; ratio_max is
+    the largest r or r̂, before f. An empty mask gives loss 0. Raises ValueError for shapes that do
+    not fit and for settings that make no sense.
     """
-    B, T = logprobs.shape
-    for name, value, shape in (("old_logprobs", old_logprobs, (B, T)), ("mask", mask, (B, T)),
-                               ("advantages", advantages, (B,)), ("off_policy", off_policy, (B,)),
-                               ("ref_logprobs", ref_logprobs, (B, T))):
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}; logprobs {[B, T]} want {list(shape)}")
-    if kl_coef and ref_logprobs is None:
-        raise ValueError(f"kl_coef is {kl_coef}, but there are no ref_logprobs")
+    _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, kl_coef)
     counts = mask.bool()
-    off = off_policy.bool()[:, None].expand(B, T)                                          # [B, T]
+    off = off_policy.bool()[:, None].expand(mask.shape)                                    # [B, T]
     A = advantages[:, None]                                                                # [B, 1]
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)                             # bfloat16 cannot count tokens
-    logprobs, old_logprobs = (x.to(dtype).where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)     # bfloat16 cannot count tokens
+    logprobs = logprobs.to(dtype).where(counts, 0.0)
+    old_logprobs = old_logprobs.detach().to(dtype).where(counts, 0.0)
     mask = mask.to(dtype)
-    Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, device=mask.device, dtype=mask.dtype)
+    Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, dtype=dtype,
+                                                              device=mask.device)
     Z = Z.where(Z > 0, 1.0)
 
-    ratio = importance_ratio(logprobs, old_logprobs, off_policy, off_policy_denominator, log_ratio_clamp)
-    shaped = ratio if shaping_lambda is None else torch.where(off, policy_shaping(ratio, shaping_lambda), ratio)
+    ratio = importance_ratio(logprobs, old_logprobs, off_policy, off_policy_denominator,
+                             log_ratio_clamp)                                              # [B, T]
+    shaped = ratio
+    if shaping_lambda is not None:
+        shaped = torch.where(off, policy_shaping(ratio, shaping_lambda), ratio)            # [B, T]
     objective = clip(shaped, A, clip_low, clip_high, dual_clip)                            # [B, T]
     if not clip_off_policy:
         objective = torch.where(off, shaped * A, objective)
@@ -245,12 +263,32 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
 
     kl = loss.new_zeros(())
     if ref_logprobs is not None:
-        kl = (kl_k3(logprobs, ref_logprobs.detach().to(dtype).where(counts, 0.0)) * mask).sum() / Z
+        ref_logprobs = ref_logprobs.detach().to(dtype).where(counts, 0.0)
+        kl = (kl_k3(logprobs, ref_logprobs) * mask).sum() / Z
         loss = loss + kl_coef * kl if kl_coef else loss
 
     with torch.no_grad():
         binds = (objective != shaped * A) * mask
-        metrics = {"policy_loss": policy_loss.detach(), "kl": kl.detach(), "clip_fraction": binds.sum() / Z,
-                   "clip_fraction_off": (binds * off).sum() / Z, "off_policy_share": (mask * off).sum() / Z,
-                   "ratio_max": ratio.where(counts, 0.0).max() if counts.numel() else loss.new_zeros(())}
+        metrics = {"policy_loss": policy_loss.detach(), "kl": kl.detach(),
+                   "clip_fraction": binds.sum() / Z, "clip_fraction_off": (binds * off).sum() / Z,
+                   "off_policy_share": (mask * off).sum() / Z,
+                   "ratio_max": ratio.where(counts, 0.0).max() if counts.numel() else Z * 0}
     return loss, metrics
+
+
+def _bounded_exp(x: Tensor, bound: float | None = None) -> Tensor:
+    widest = 0.9 * math.log(torch.finfo(x.dtype).max)
+    bound = widest if bound is None else min(bound, widest)
+    return x.clamp(-bound, bound).exp()
+
+
+def _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, kl_coef) -> None:
+    B, T = logprobs.shape
+    for name, value, shape in (("old_logprobs", old_logprobs, (B, T)), ("mask", mask, (B, T)),
+                               ("advantages", advantages, (B,)), ("off_policy", off_policy, (B,)),
+                               ("ref_logprobs", ref_logprobs, (B, T))):
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}; logprobs {[B, T]} want "
+                             f"{list(shape)}")
+    if kl_coef and ref_logprobs is None:
+        raise ValueError(f"kl_coef is {kl_coef}, but there are no ref_logprobs")

@@ -1,9 +1,10 @@
 """Draws the learning curves of one or several runs from their metrics.jsonl.
 
-    python curves.py runs/icpo-seed0 runs/icpo-seed1 runs/grpo-seed0 runs/grpo-seed1 --output curves.png
+    python curves.py runs/icpo-seed0 runs/icpo-seed1 runs/grpo-seed0 --output curves.png
 
-Runs of the same method are one line, their mean, in a band from the lowest to the highest. Prints each run's held-out
-accuracy before and after, and the first evaluation at which it is 90 % or more.
+Runs of the same method are one line, their mean, in a band from the lowest to the highest. It
+prints each run's held-out accuracy before and after, and the first evaluation at which that is 90 %
+or more.
 """
 
 import argparse
@@ -23,7 +24,8 @@ PANELS = [("eval_accuracy", "Held-out accuracy, 0 shots", "share right"),
           ("entropy", "Entropy of the policy", "nats a token"),
           ("response_length", "Response length, on-policy", "tokens"),
           ("grad_norm", "Gradient norm before clipping", "")]
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]   # Okabe and Ito: safe for the colour-blind
+# The palette of Okabe and Ito, which the colour-blind can tell apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3))]
 
 
@@ -36,7 +38,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def series(metrics: list[dict], name: str) -> dict[int, float]:
-    """Step -> value, where the step has one. Held-out accuracy has a value before the first step too, as step 0."""
+    """Step -> value, where the step has one. Step 0 is the held-out accuracy before the first."""
     values = {row["step"]: row[name] for row in metrics if row.get(name) is not None}
     if name == "eval_accuracy" and metrics and metrics[0].get("eval_accuracy_before") is not None:
         values = {metrics[0]["step"] - 1: metrics[0]["eval_accuracy_before"]} | values
@@ -49,34 +51,42 @@ def draw(runs: list[Path], output: Path) -> None:
     for run in map(Path, runs):
         metrics = read_metrics(run)
         config = run / "config.yaml"
-        method = yaml.safe_load(config.read_text())["method"] if config.is_file() else run.name
+        settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
+        method = settings.get("method", run.name)
         methods.setdefault(method.upper(), []).append(metrics)
     draw_groups(methods, PANELS, Path(output))
 
 
-def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]], output: Path) -> None:
-    """A panel for each (metric, title, unit), in it a line for each group of runs, their mean, in a band from the lowest to
-    the highest. A PNG."""
+def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]],
+                output: Path) -> None:
+    """Writes a PNG with a panel for each (metric, title, unit).
+
+    A group of runs is one line, their mean, in a band from the lowest to the highest.
+    """
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, (name, title, unit) in zip(axes.flat, panels):
-        for style, colour, (label, group) in zip(STYLES * len(groups), COLOURS * len(groups), groups.items()):
+        for style, colour, (label, group) in zip(STYLES * len(groups), COLOURS * len(groups),
+                                                 groups.items(), strict=False):
             lines = [series(metrics, name) for metrics in group]
             steps = sorted(set.intersection(*(set(line) for line in lines)))
             if not steps:
                 continue
             columns = [[line[step] for line in lines] for step in steps]
             label += f", {len(group)} seeds" if len(group) > 1 else ""
-            axis.plot(steps, [sum(column) / len(column) for column in columns], linestyle=style, color=colour, label=label,
-                      marker="o" if len(steps) < 25 else None, markersize=3)
-            axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.2, lw=0)
+            axis.plot(steps, [sum(column) / len(column) for column in columns], linestyle=style,
+                      color=colour, label=label, marker="o" if len(steps) < 25 else None,
+                      markersize=3)
+            axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour,
+                              alpha=0.2, lw=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
         if unit == "share right":
             axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-        if axis.lines and len(groups) <= 3:   # of more, the legends would cover the lines
+        if axis.lines and len(groups) <= 3:   # the legends of more would cover the lines
             axis.legend()
         elif not axis.lines:
-            axis.text(0.5, 0.5, "none sampled", transform=axis.transAxes, ha="center", color="grey")
+            axis.text(0.5, 0.5, "none sampled", transform=axis.transAxes, ha="center",
+                      color="grey")
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     if len(groups) > 3:
@@ -92,14 +102,18 @@ def summarise(run: Path) -> str:
     if not accuracy:
         return f"{run}: no evaluations"
     steps = sorted(accuracy)
-    reached = next((f"90 % at step {step}" for step in steps if accuracy[step] >= 0.9), "90 % not reached")
-    return f"{run}: {accuracy[steps[0]]:.1%} at step {steps[0]}, {accuracy[steps[-1]]:.1%} at step {steps[-1]}, {reached}"
+    reached = next((f"90 % at step {step}" for step in steps if accuracy[step] >= 0.9),
+                   "90 % not reached")
+    return (f"{run}: {accuracy[steps[0]]:.1%} at step {steps[0]}, {accuracy[steps[-1]]:.1%} at "
+            f"step {steps[-1]}, {reached}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py wrote")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"),
+                        help="PNG to write (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         draw(arguments.runs, arguments.output)

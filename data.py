@@ -1,15 +1,19 @@
-"""Problems, demonstrations, and the two prompts of the method: the plain question q and the demo-prefixed [D; q].
+"""Problems, demonstrations, and the two prompts: the plain question q and the demo-prefixed [D; q].
 
-A data file is JSONL, one object a line: `problem`, `answer`, and where they are needed `solution` (of demonstrations)
-and `expert_response` (for LUFFY); `id` is optional.
+A data file is JSONL, one object a line: `problem`, `answer`; `solution` in demonstrations;
+`expert_response` for LUFFY; `id` if you like.
 """
 
+import itertools
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
+from options import INSTRUCTION
+
 DEMO_SEPARATOR = "\n\n\n"
 
 
@@ -22,10 +26,11 @@ class Problem:
     id: str = ""
 
 
-def load_problems(path: str, needs: tuple[str, ...] = ()) -> list[Problem]:
-    """Read a JSONL file. `needs` names the optional fields that every line must have here.
+def load_problems(path: str | Path, needs: tuple[str, ...] = ()) -> list[Problem]:
+    """Reads a JSONL file. `needs` names the optional fields that every line must have.
 
-    Raises ValueError naming file and line for a line that is not an object, lacks a field or has one of the wrong type.
+    Raises ValueError naming file and line for a line that is not an object, lacks a field or has a
+    field of the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,7 +49,8 @@ def load_problems(path: str, needs: tuple[str, ...] = ()) -> list[Problem]:
         fields = {}
         for name in ("problem", "answer", "solution", "expert_response", "id"):
             value = row.get(name)
-            if name in ("answer", "id") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name in ("answer", "id") and number_given:
                 value = str(value)
             if value is None and name not in ("problem", "answer", *needs):
                 continue
@@ -59,33 +65,46 @@ def load_problems(path: str, needs: tuple[str, ...] = ()) -> list[Problem]:
     return problems
 
 
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Both prompts as token ids. `chat_template`: the tokenizer's template around the plain question;
-    `demo_chat_template`: around [D; q] too, all of it in one user turn."""
-    tokenizer: object
+    """Makes both prompts as token ids.
+
+    chat_template: put the tokenizer's template around the plain question. demo_chat_template: put
+    it around [D; q] too, all of it in one user turn.
+    """
+    tokenizer: Any
     instruction: str = INSTRUCTION
     chat_template: bool = True
     demo_chat_template: bool = True
 
     def __post_init__(self):
         if (self.chat_template or self.demo_chat_template) and not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; give --chat-template false --demo-chat-template false")
+            raise ValueError("the tokenizer has no chat template; give --chat-template false "
+                             "--demo-chat-template false")
 
     def plain(self, problem: Problem) -> list[int]:
+        """q, the prompt on which the objective conditions every response."""
         return self._encode(self._question(problem), self.chat_template)
 
     def demo_prefixed(self, problem: Problem, demonstrations: list[Problem]) -> list[int]:
-        """x_exp = [D; q] of (IEF); with no demonstrations it is the plain prompt."""
+        """(IEF) x_exp = [D; q], the prompt of π^IEF. Without demonstrations it is the plain one."""
         if not demonstrations:
             return self.plain(problem)
         parts = [self._demonstration(d) for d in demonstrations]
         parts.append(f"Question: {self._question(problem)}\nAnswer:")
         return self._encode(DEMO_SEPARATOR.join(parts), self.demo_chat_template)
 
+    def expert_response(self, problem: Problem) -> list[int]:
+        """The response that LUFFY reads from the data, ended as a sampled one ends."""
+        tokens = self.tokenizer.encode(problem.expert_response, add_special_tokens=False)
+        return tokens + [self.tokenizer.eos_token_id]
+
     def demonstration_length(self, demonstration: Problem) -> int:
-        """Tokens that a demonstration takes."""
-        return len(self._encode(self._demonstration(demonstration) + DEMO_SEPARATOR, chat_template=False))
+        """The number of tokens that a demonstration takes."""
+        return len(self._encode(self._demonstration(demonstration) + DEMO_SEPARATOR, False))
 
     def _question(self, problem: Problem) -> str:
         return f"{problem.problem} {self.instruction}".strip()
@@ -96,50 +115,64 @@ class PromptBuilder:
     def _encode(self, text: str, chat_template: bool) -> list[int]:
         if not chat_template:
             return self.tokenizer.encode(text)
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                  add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                                  tokenize=False, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 class Demonstrations:
-    """Draws k demonstrations at random for a question, never one that contains the question itself, never so long that
-    the prompt passes `max_prompt_length` tokens.
+    """Draws k demonstrations at random for a question.
 
-    Demonstrations with a link in them or a solution shorter than `min_chars` are left out at once. `excluded` counts
-    every exclusion by its reason.
+    A draw never contains the question itself, and its prompt never passes `max_prompt_length`
+    tokens. Demonstrations with a link, or with a solution shorter than `min_chars`, are left out.
+    `excluded` counts every exclusion by its reason.
     """
 
-    def __init__(self, pool: list[Problem], builder: PromptBuilder, k: int, max_prompt_length: int, min_chars: int = 0):
+    def __init__(self, pool: list[Problem], builder: PromptBuilder, k: int, max_prompt_length: int,
+                 min_chars: int = 0):
         self.builder, self.k, self.max_prompt_length = builder, k, max_prompt_length
-        self.excluded = {"with a link": 0, f"shorter than {min_chars} characters": 0}
-        self.pool = []
+        short = f"shorter than {min_chars} characters"
+        self.excluded = {"with a link": 0, short: 0}
+        self.pool: list[Problem] = []
         for demonstration in pool:
-            if "http" in demonstration.problem + demonstration.solution:
+            solution = demonstration.solution or ""
+            if "http" in demonstration.problem + solution:
                 self.excluded["with a link"] += 1
-            elif len(demonstration.solution) < min_chars:
-                self.excluded[f"shorter than {min_chars} characters"] += 1
+            elif len(solution) < min_chars:
+                self.excluded[short] += 1
             else:
                 self.pool.append(demonstration)
         if len(self.pool) < k:
-            raise ValueError(f"{k} demonstrations a prompt, but only {len(self.pool)} of {len(pool)} are usable "
-                             f"(left out: {self.excluded})")
+            raise ValueError(f"{k} demonstrations a prompt, but only {len(self.pool)} of "
+                             f"{len(pool)} are usable (left out: {self.excluded})")
         lengths = [builder.demonstration_length(d) for d in self.pool]
         self.by_length = sorted(range(len(self.pool)), key=lengths.__getitem__)
-        self.contain: dict[str, set[int]] = {}
+        # For each question that was admitted, normalised: the demonstrations that contain it.
+        self.containing: dict[str, set[int]] = {}
 
     def admit(self, problems: list[Problem]) -> list[Problem]:
-        """Those of `problems` for which k demonstrations fit, having noted which demonstrations contain each question.
-        Call it before any `draw`."""
-        found = _find_questions([normalise(p.problem) for p in problems],
-                                [normalise(d.problem + "\0" + d.solution) for d in self.pool])
-        self.contain.update(found)
-        self.excluded["that contain the question (never drawn for it)"] = len(set().union(*self.contain.values()))
+        """Finds the demonstrations that contain each question; `draw` needs this first.
+
+        Returns the problems for which k demonstrations fit.
+        """
+        questions = [normalise(p.problem) for p in problems]
+        found = _find_questions(questions, [normalise(f"{d.problem}\0{d.solution}")
+                                            for d in self.pool])
+        self.containing |= {question: found.get(question, set()) for question in questions}
+        self.excluded["that contain the question (never drawn for it)"] = len(
+            set().union(*self.containing.values()))
         return [p for p in problems if self._shortest(p) is not None]
 
     def draw(self, problem: Problem, rng: random.Random) -> tuple[list[Problem], list[int]]:
-        """k demonstrations and the token ids of [D; q]. Raises ValueError where none fit; `admit` has told before."""
-        containing = self._containing(problem)
-        allowed = [i for i in range(len(self.pool)) if i not in containing]
+        """k demonstrations and the token ids of [D; q].
+
+        Raises ValueError for a problem that `admit` was not given, and where no k of them fit.
+        """
+        question = normalise(problem.problem)
+        if question not in self.containing:
+            raise ValueError(f"problem {problem.id!r} was not given to admit(), which finds the "
+                             f"demonstrations that contain it: call admit([problem]) first")
+        allowed = [i for i in range(len(self.pool)) if i not in self.containing[question]]
         for _ in range(20):
             chosen = [self.pool[i] for i in rng.sample(allowed, self.k)]
             prompt = self.builder.demo_prefixed(problem, chosen)
@@ -151,25 +184,28 @@ class Demonstrations:
                              f"in {self.max_prompt_length} tokens")
         return chosen, self.builder.demo_prefixed(problem, chosen)
 
-    def _containing(self, problem: Problem) -> set[int]:
-        return self.contain.get(normalise(problem.problem), set())
-
     def _shortest(self, problem: Problem) -> list[Problem] | None:
         """The k shortest demonstrations, if they fit."""
-        allowed = (i for i in self.by_length if i not in self._containing(problem))
-        chosen = [self.pool[i] for _, i in zip(range(self.k), allowed)]
-        fits = len(chosen) == self.k and len(self.builder.demo_prefixed(problem, chosen)) <= self.max_prompt_length
+        containing = self.containing[normalise(problem.problem)]
+        allowed = (i for i in self.by_length if i not in containing)
+        chosen = [self.pool[i] for i in itertools.islice(allowed, self.k)]
+        prompt = self.builder.demo_prefixed(problem, chosen)
+        fits = len(chosen) == self.k and len(prompt) <= self.max_prompt_length
         return chosen if fits else None
 
 
 def normalise(text: str) -> str:
-    """Without spaces and case: a question reformatted is the same question."""
+    """The text without spaces and case, because a question that is reformatted is the same one."""
     return "".join(text.split()).casefold()
 
 
-def _find_questions(questions: list[str], texts: list[str], prefix: int = 32) -> dict[str, set[int]]:
-    """For each question that stands in some text, the indices of those texts. Every window of a text is looked up among
-    the questions' first `prefix` characters, so the time grows with the texts' length, not with texts x questions."""
+def _find_questions(questions: list[str], texts: list[str],
+                    prefix: int = 32) -> dict[str, set[int]]:
+    """For each question that occurs in some text, the indices of those texts.
+
+    It looks up every window of a text among the questions' first `prefix` characters, so the time
+    grows with the length of the texts, not with texts times questions.
+    """
     by_length: dict[int, dict[str, list[str]]] = {}
     for question in set(questions):
         head = question[:prefix]
@@ -182,3 +218,39 @@ def _find_questions(questions: list[str], texts: list[str], prefix: int = 32) ->
                     if text.startswith(question, start):
                         found.setdefault(question, set()).add(index)
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Which problems can be used, for training and evaluation alike
+
+def keep(problems: list[Problem], name: str, reason: str, test: Callable[[Problem], bool],
+         left_out: list[str]) -> list[Problem]:
+    """The problems that pass `test`; what is left out is counted in a line added to `left_out`.
+
+    name and reason, for the messages: "training problems", "with a prompt over 512 tokens". Raises
+    ValueError if none are left.
+    """
+    kept = [problem for problem in problems if test(problem)]
+    if len(kept) < len(problems):
+        count = f"{len(problems) - len(kept)} of {len(problems)}"
+        left_out.append(f"left out: {count} {name} {reason}")
+    if not kept:
+        raise ValueError(f"no {name} are left: all {len(problems)} were left out as {name} "
+                         f"{reason}")
+    return kept
+
+
+def keep_askable(problems: list[Problem], name: str, builder: PromptBuilder, limit: int,
+                 left_out: list[str], *pools: Demonstrations) -> list[Problem]:
+    """The problems whose plain prompt, and [D; q] with each of the pools, fit in `limit` tokens.
+
+    They are admitted to the pools. Arguments and errors: see `keep`.
+    """
+    problems = keep(problems, name, f"with a prompt over {limit} tokens",
+                    lambda p: len(builder.plain(p)) <= limit, left_out)
+    for pool in pools:
+        admitted = {id(p) for p in pool.admit(problems)}
+        problems = keep(problems, name, f"that leave no room for {pool.k} demonstrations in "
+                        f"{pool.max_prompt_length} tokens",
+                        lambda p, admitted=admitted: id(p) in admitted, left_out)
+    return problems

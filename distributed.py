@@ -1,14 +1,21 @@
-"""Several processes, and memory beyond one GPU's. With one process, every function of the first part does nothing, so that
-the callers need not ask."""
+"""Several processes, and models that do not fit one GPU.
+
+With one process the functions of the first part return at once, so callers need not ask how many
+there are. The model knows nothing of this file: sharding, recomputation and compilation are applied
+to it from outside.
+"""
 
 import functools
 import heapq
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -16,24 +23,32 @@ if TYPE_CHECKING:
     from model_utils import Transformer
 
 
-def init_distributed(device: str = "auto", needed: bool = False) -> torch.device:
-    """Join the process group that torchrun describes, if it started more than one process; returns this one's device.
+# --------------------------------------------------------------------------------------------------
+# The process group
 
-    needed: make a group of one process, too, as FSDP's mixed precision wants."""
+def init_distributed(device: str = "auto", needed: bool = False) -> torch.device:
+    """Joins the process group that torchrun describes, if there is one; returns the device to use.
+
+    needed: make a group even for one process, because FSDP's mixed precision needs one. Raises
+    ValueError for a device that is unknown or not there.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; give cpu or auto")
     on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    local = torch.device("cpu")
     if on_gpu:
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             store, number, size = next(dist.rendezvous("env://"))
-            # After a restart by torchrun --max-restarts the store may still hold the addresses of processes that are gone.
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            # After a restart by torchrun --max-restarts the store may still hold the addresses of
+            # processes that are gone.
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"restart {restart}", store)
             dist.init_process_group(backend, store=store, rank=number, world_size=size)
         elif needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -58,7 +73,7 @@ def barrier() -> None:
 
 
 def gather_objects(mine) -> list:
-    """Every process's object, in order of rank, on every process."""
+    """Every process's object in order of rank, on every process."""
     if not dist.is_initialized():
         return [mine]
     everyone = [None] * world_size()
@@ -66,8 +81,16 @@ def gather_objects(mine) -> list:
     return everyone
 
 
-def on_main(function):
-    """What `function` returns on rank 0, on every process; a ValueError of it is raised on every process."""
+def gather_lists(mine: list) -> list:
+    """The lists of all processes, one behind the other, on every process."""
+    return [item for part in gather_objects(mine) for item in part]
+
+
+def on_main(function: Callable):
+    """Calls `function` on rank 0 and returns its result on every process.
+
+    A ValueError that it raises is raised on every process.
+    """
     try:
         outcome = function() if is_main() else None
     except ValueError as error:
@@ -78,40 +101,124 @@ def on_main(function):
     return outcome
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP may have sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+class Totals:
+    """Numbers that are added up, or of which the largest counts, over parts and over processes."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = {}
+        self.largest: dict[str, float] = {}
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def maximum(self, **values: float) -> None:
+        for name, value in values.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), value)
+
+    def over_processes(self) -> dict[str, float]:
+        """The same on every process; each must have named the same numbers."""
+        everyone = gather_objects((self.sums, self.largest))
+        return {**{name: sum(sums[name] for sums, _ in everyone) for name in self.sums},
+                **{name: max(largest[name] for _, largest in everyone) for name in self.largest}}
 
 
-def shard(model: "Transformer", compute_dtype: torch.dtype, shard_size: int = 0, offload: bool = False) -> "Transformer":
-    """FSDP2: parameters, gradients and optimiser state split over the processes, block by block.
+def share_out(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Shares work out by length, not by count: a list of indices for each process.
 
-    Float32 master weights; forward and backward in `compute_dtype`; gradients averaged over all processes in float32.
-    shard_size: processes that share one copy of the weights, 0 for all of them. With fewer (HSDP) there are several copies
-        and only gradients cross between them: give the GPUs of a node, where the network between nodes is slow.
-    offload: parameters wait in the CPU's memory and come to the GPU a block at a time.
-    Needs a process group, of whatever size. Raises ValueError for a shard_size that does not divide the processes.
+    The longest goes first, each to the process that has least.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    shares, loads = [[] for _ in range(processes)], [(0, p) for p in range(processes)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, p = heapq.heappop(loads)
+        shares[p].append(i)
+        heapq.heappush(loads, (load + lengths[i], p))
+    return [sorted(share) for share in shares]
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of consecutive rows whose lengths add up to at most `budget`, a list for each part.
+
+    Every process gets the same number of parts, because each part is a collective of FSDP; the last
+    ones of a process may be empty.
+    """
+    parts, room = [], 0
+    for i, length in enumerate(lengths):
+        if not parts or length > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(i)
+        room -= length
+    return parts + [[]] * (max(gather_objects(len(parts))) - len(parts))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharded models
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP may have sharded. Every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(model: "Transformer", compute_dtype: torch.dtype, shard_size: int = 0,
+          offload: bool = False) -> None:
+    """FSDP2: splits parameters, gradients and optimiser state over the processes, block by block.
+
+    Master weights are float32; forward and backward compute in `compute_dtype`; gradients are
+    averaged over all processes in float32.
+    shard_size: processes that share one copy of the weights, 0 for all of them. With fewer (HSDP)
+        there are several copies and only gradients travel between them; give the number of GPUs of
+        a node where the network between nodes is slow.
+    offload: keep the parameters in the CPU's memory and move a block at a time to the GPU.
+    Needs a process group of any size. Raises ValueError for a shard_size that does not divide the
+    number of processes.
+    """
     size = shard_size or world_size()
     if world_size() % size:
-        raise ValueError(f"{world_size()} processes cannot share copies of the weights among {size} each: shard_size must "
-                         f"divide their number")
-    shape, names = ((size,), ("shard",)) if size == world_size() else ((world_size() // size, size), ("replicate", "shard"))
+        raise ValueError(f"{world_size()} processes cannot share copies of the weights among "
+                         f"{size} each: shard_size must divide their number")
+    shape, names = (size,), ("shard",)
+    if size < world_size():
+        shape, names = (world_size() // size, size), ("replicate", "shard")
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     settings = dict(mesh=init_device_mesh(model.device.type, shape, mesh_dim_names=names),
-                    mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+                    mp_policy=policy,
                     offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
     for block in model.model.layers:
         fully_shard(block, **settings)
-    return fully_shard(model, **settings)
+    fully_shard(model, **settings)
+
+
+def gather_model(model: "Transformer", dtype: torch.dtype) -> "Transformer":
+    """The model to sample with: `model` itself if it is whole and in `dtype`, else a whole copy.
+
+    The copy is in `dtype` and is gathered once here instead of once a token. Every process must
+    call this; drop the copy when done.
+    """
+    if model.dtype == dtype and not is_sharded(model.model.embed_tokens.weight):
+        return model
+    with torch.device("meta"):
+        whole = type(model)(model.config)
+    whole.load_state_dict(   # cast before gathering: less travels
+        {name: full_tensor(parameter.detach().to(dtype))
+         for name, parameter in model.named_parameters()}, assign=True)
+    whole.hf_config, whole.generation_config = model.hf_config, model.generation_config
+    whole.stop_ids = model.stop_ids
+    return whole.requires_grad_(False)
 
 
 def wrap_blocks(model: "Transformer", recompute: str = "none", compile: bool = False) -> None:
-    """From outside, for the pass that trains alone: activation checkpointing, and torch.compile of each block.
+    """Adds activation checkpointing and torch.compile to each block, for passes with gradient.
 
-    recompute: what the backward pass computes again instead of keeping it: "all" of a block but its input, or what is
-    "cheap", all but matrix products and attention."""
+    recompute: "all": the backward pass keeps only a block's input and computes all else again;
+    "cheap": it computes again all but matrix products and attention; "none".
+    """
+    if recompute == "none" and not compile:
+        return
     for block in model.model.layers:
         plain = trained = block.forward
         if compile:
@@ -125,8 +232,10 @@ def wrap_blocks(model: "Transformer", recompute: str = "none", compile: bool = F
 def _keep_products():
     aten = torch.ops.aten
     return create_selective_checkpoint_contexts([
-        aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten.mm.default, aten.addmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default])
 
 
@@ -134,43 +243,23 @@ def _with_gradient_or_not(trained, plain, *arguments):
     return (trained if torch.is_grad_enabled() else plain)(*arguments)
 
 
-def gather_model(model: "Transformer", dtype: torch.dtype) -> "Transformer":
-    """The model to sample with: `model` itself if it is whole and in `dtype`, else a whole copy of it in `dtype`.
-
-    Parameters are gathered once here instead of once per token. Every process must call it; drop the copy when done.
-    """
-    if model.dtype == dtype and not hasattr(model.model.embed_tokens.weight, "full_tensor"):
-        return model
-    with torch.device("meta"):
-        whole = type(model)(model.config)
-    whole.load_state_dict({name: full_tensor(parameter.detach().to(dtype))   # cast first: what travels is half as much
-                           for name, parameter in model.named_parameters()}, assign=True)
-    whole.hf_config, whole.generation_config, whole.stop_ids = model.hf_config, model.generation_config, model.stop_ids
-    return whole.requires_grad_(False)
-
-
-def spread(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Share prompts out by length, not by count: indices for each process, the longest going first to who has least."""
-    shares, loads = [[] for _ in range(processes)], [(0, p) for p in range(processes)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        load, p = heapq.heappop(loads)
-        shares[p].append(i)
-        heapq.heappush(loads, (load + lengths[i], p))
-    return [sorted(share) for share in shares]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The optimiser
 
-class AdamW(torch.optim.AdamW):
-    """AdamW whose moments may rest in bfloat16 or in the CPU's memory, and come to their parameter, in float32, for its
-    update alone.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
-    The second moment changes by a thousandth a step, which rounding to the nearest bfloat16 would always undo; so it is
-    rounded up or down at random, such that the mean is right. The random numbers are a function of step and parameter."""
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that can store its moments in bfloat16 or in the CPU's memory (`rest`).
+
+    It converts each moment to float32 on the parameter's device only while that parameter is
+    updated. The second moment changes by a thousandth a step; rounding to the nearest bfloat16
+    would always undo that, so it is rounded up or down at random with the right mean. The random
+    numbers are a function of step and parameter.
+    """
 
     def __init__(self, parameters, rest: str = "float32", **settings):
-        super().__init__(parameters, fused=True, **settings)   # without copies of the weights' size
+        super().__init__(parameters, fused=True, **settings)   # fused makes no copies of weights
         self.rest = rest
 
     @torch.no_grad()
@@ -182,35 +271,40 @@ class AdamW(torch.optim.AdamW):
         try:
             for index, parameter in enumerate(parameters):
                 state = self.state[parameter]
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in MOMENTS:
                     if name in state:
                         state[name] = state[name].to(device=parameter.device, dtype=torch.float32)
                 group["params"] = [parameter]
                 super().step()
-                self.put_away(state, index)
+                self._put_away(state, index)
         finally:
             group["params"] = parameters
 
-    def put_away(self, state: dict, index: int) -> None:
-        if self.rest == "cpu":
-            state |= {name: state[name].cpu() for name in ("exp_avg", "exp_avg_sq") if name in state}
-        elif self.rest == "bfloat16" and "exp_avg" in state:
-            seed = (int(state["step"]) * 1_000_003 + index) % 2 ** 32   # of more bits the CPU's generator ignores the rest
-            state |= {"exp_avg": state["exp_avg"].bfloat16(), "exp_avg_sq": round_at_random(state["exp_avg_sq"], seed)}
-
     def put_all_away(self) -> None:
-        """After a checkpoint has been read, which brings all of them to their parameters."""
+        """Stores the moments as `rest` says after a checkpoint was read, which restores float32."""
         for index, parameter in enumerate(self.param_groups[0]["params"]):
-            self.put_away(self.state[parameter], index)
+            self._put_away(self.state[parameter], index)
+
+    def _put_away(self, state: dict, index: int) -> None:
+        if self.rest == "cpu":
+            state |= {name: state[name].cpu() for name in MOMENTS if name in state}
+        elif self.rest == "bfloat16" and "exp_avg" in state:
+            # The CPU's generator ignores the bits of a seed beyond 32.
+            seed = (int(state["step"]) * 1_000_003 + index) % 2 ** 32
+            state |= {"exp_avg": state["exp_avg"].bfloat16(),
+                      "exp_avg_sq": round_at_random(state["exp_avg_sq"], seed)}
 
 
 def round_at_random(x: torch.Tensor, seed: int) -> torch.Tensor:
-    """float32 -> bfloat16, up or down with the probabilities that keep the mean. `x` may be sharded."""
+    """float32 -> bfloat16, up or down with probabilities that keep the mean. x may be sharded."""
     local = x.to_local() if isinstance(x, DTensor) else x
     if local.dtype == torch.float32:
         generator = torch.Generator(local.device).manual_seed(seed)
-        noise = torch.randint(1 << 16, local.shape, generator=generator, device=local.device, dtype=torch.int32)
-        local = ((local.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+        noise = torch.randint(1 << 16, local.shape, generator=generator, device=local.device,
+                              dtype=torch.int32)
+        bits = local.contiguous().view(torch.int32) + noise
+        local = (bits & -(1 << 16)).view(torch.float32).bfloat16()
     if isinstance(x, DTensor):
-        return DTensor.from_local(local, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+        return DTensor.from_local(local, x.device_mesh, x.placements, shape=x.shape,
+                                  stride=x.stride())
     return local

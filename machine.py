@@ -1,70 +1,116 @@
-"""What a machine needs: faster kernels on CPUs, settings of the memory allocator, and how much memory is free."""
+"""What a machine needs: faster matrix products on CPUs, allocator settings, and free memory.
+
+The model knows nothing of this file; what speeds up CPUs is put on from outside.
+"""
 
 import contextlib
+import ctypes
 import os
 import platform
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from model_utils import Transformer
 
 
-def _kernel(weight, bias) -> Callable:
-    if weight.is_mkldnn or weight.numel() >= 1 << 17:   # as torch.compile does for a frozen model
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
-
-
 @contextlib.contextmanager
-def pack_weights(model: "Transformer"):
-    """On CPUs in float32, until the `with` block ends, layers with the same input are one product, weights that are not small
-    go through a kernel of oneDNN, and large ones lie in the order in which it reads them: with the few rows of a decode
-    step it needs half the time of the one behind F.linear.
+def merged_products(model: "Transformer"):
+    """Speeds up sampling on x86 CPUs in float32 until the `with` block ends; else does nothing.
 
-    Weights are moved, not copied, and moved back bit for bit: meanwhile the parameters are empty, and only `extend` and
-    `logits` work."""
-    groups = []
-    if (model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    Layers with the same input become one product. Weights that are not small go through a kernel of
+    oneDNN, and large ones are stored in the order in which that kernel reads them: with the few
+    rows of a decode step it takes half the time of the kernel behind F.linear.
+    Weights are moved, not copied, and moved back bit for bit. Meanwhile the parameters are empty
+    and only `extend` and `logits` of the model work.
+    """
+    groups: list[tuple[nn.Module, str, tuple[nn.Linear, ...]]] = []   # (owner, method, its layers)
+    if (model.device.type == "cpu" and model.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
             and platform.machine().lower() in ("x86_64", "amd64")):
         for block in model.model.layers:
             a, m = block.self_attn, block.mlp
-            groups += [(a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)]
-        if not model.config.tie_embeddings:
-            groups.append((model.lm_head,))
+            groups += [(a, "project", (a.q_proj, a.k_proj, a.v_proj)),
+                       (a.o_proj, "forward", (a.o_proj,)),
+                       (m, "gate_and_up", (m.gate_proj, m.up_proj)),
+                       (m.down_proj, "forward", (m.down_proj,))]
+        if model.config.tie_embeddings:   # the head's weights are the embeddings: they stay
+            model.logits = _product(model.head.detach(), None)
+        else:
+            groups.append((model, "logits", (model.lm_head,)))
     moved = []
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for group in groups:
-                weight = torch.cat([linear.weight for linear in group]) if len(group) > 1 else group[0].weight.detach()
-                bias = None if group[0].bias is None else torch.cat([linear.bias for linear in group])
-                if weight.numel() >= 1 << 19:   # to move smaller ones leaves holes in memory and saves little
-                    weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)   # for about 32 rows
-                moved.append((group, weight))
-                for linear in group:
-                    linear.weight.data = linear.weight.new_empty(0)
-                group[0].packed = _kernel(weight, bias)
-            if groups:   # embeddings that are the head too stay where they are
-                model.packed_head = _kernel(model.head.detach(), None) if model.config.tie_embeddings else model.lm_head.packed
+            for owner, method, layers in groups:
+                weight, bias = layers[0].weight.detach(), layers[0].bias
+                if len(layers) > 1:
+                    weight = torch.cat([layer.weight for layer in layers])
+                    bias = None if bias is None else torch.cat([layer.bias for layer in layers])
+                if weight.numel() >= 1 << 19:   # reordering small ones saves little, leaves holes
+                    weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)   # for ~32 rows
+                moved.append((owner, method, layers, weight))
+                for layer in layers:
+                    layer.weight.data = layer.weight.new_empty(0)
+                setattr(owner, method, _product(weight, bias, layers))
         yield
     finally:
         with torch.inference_mode(False), torch.no_grad():
-            while moved:   # one by one: the old goes when the new is there
-                group, weight = moved.pop()
-                group[0].packed = None
+            while moved:   # one by one, so that each old tensor is freed when the new one is there
+                owner, method, layers, weight = moved.pop()
+                delattr(owner, method)
                 weight = weight.to_dense() if weight.is_mkldnn else weight
-                for linear, part in zip(group, weight.split([linear.out_features for linear in group])):
-                    linear.weight.data = part if part.shape == weight.shape else part.clone()
-        model.packed_head = None
+                for layer, part in zip(layers, weight.split([each.out_features for each in layers]),
+                                       strict=True):
+                    layer.weight.data = part if part.shape == weight.shape else part.clone()
+        model.__dict__.pop("logits", None)
+
+
+def _product(weight, bias, layers: tuple[nn.Linear, ...] = ()) -> Callable:
+    """x -> x·weightᵀ + bias; with several layers a tuple, split as their outputs are."""
+    def linear(x):
+        return F.linear(x, weight, bias)
+
+    def onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    # torch.compile draws the same line for a frozen model.
+    product = onednn if weight.is_mkldnn or weight.numel() >= 1 << 17 else linear
+    if len(layers) < 2:
+        return product
+    sizes = [layer.out_features for layer in layers]
+    return lambda x: product(x).split(sizes, dim=-1)
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Makes glibc return freed large tensors to the system; by default it may keep about half."""
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(AttributeError):     # another C library
+            ctypes.CDLL(None).mallopt(-3, 16 << 20)   # M_MMAP_THRESHOLD
+
+
+def prepare_gradients(model: nn.Module, device: torch.device) -> None:
+    """On CPUs, allocates all gradients before the first backward pass.
+
+    Allocated one by one among the tensors of that pass, they would keep its freed memory from
+    being returned. What the rollout has freed is returned first.
+    """
+    if device.type != "cpu":
+        return
+    with contextlib.suppress(AttributeError):         # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take; processes on one CPU share what it has."""
+    """Bytes that this process may still take; the processes on one CPU share its free memory."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)   # by PyTorch's allocator
-        return torch.cuda.mem_get_info(device)[0] + unused
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,7 +1,7 @@
-"""The paper's pilot study, for `eval.py --compare-shots`: what demonstrations change, beside raising the temperature.
+"""The paper's pilot study, for `eval.py --compare-shots`: what demonstrations change in answers.
 
-Answers are paired by problem and sample: every variant with the plain answers at the same place. `again` is a second plain
-draw at the same temperature, the distance and the flips that chance alone makes.
+Answers are paired by problem and sample: each variant with the plain answers. The variant `again`
+is a second plain draw at the same temperature; it shows the distance and flips of chance alone.
 """
 
 import random
@@ -15,69 +15,122 @@ matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
 
 from curves import COLOURS
+from options import EvaluationOptions
 
 
 def compare(plain: list[dict], other: list[dict], samples: int) -> dict[str, float]:
-    """Of paired records: difference of the accuracies with its 95 % bootstrap interval over problems; distance: mean edit
-    distance of the texts by the length of the longer one; gained and lost: shares that turn from wrong to right and back."""
-    def per_problem(values):
-        return [fmean(values[i:i + samples]) for i in range(0, len(values), samples)]
+    """What changes between paired records, `samples` consecutive ones a problem.
 
-    differences = per_problem([b["score"] - a["score"] for a, b in zip(plain, other, strict=True)])
+    difference: of the accuracies, with its 95 % bootstrap interval over problems. distance: the
+    mean edit distance of the texts, as a share of the longer one. gained, lost: the shares that
+    turn from wrong to right and back.
+    """
+    pairs = list(zip(plain, other, strict=True))
+    changes = [b["score"] - a["score"] for a, b in pairs]
+    differences = [fmean(changes[i:i + samples]) for i in range(0, len(changes), samples)]
     draw = random.Random(0)
     means = sorted(fmean(draw.choices(differences, k=len(differences))) for _ in range(2000))
-    flips = [(a["score"] > 0, b["score"] > 0) for a, b in zip(plain, other)]
-    return {"difference": fmean(differences), "difference_low": means[49], "difference_high": means[1949],
-            "distance": fmean(Levenshtein.normalized_distance(a["response"], b["response"]) for a, b in zip(plain, other)),
-            "gained": flips.count((False, True)) / len(flips), "lost": flips.count((True, False)) / len(flips)}
+    flips = [(a["score"] > 0, b["score"] > 0) for a, b in pairs]
+    return {"difference": fmean(differences), "difference_low": means[49],
+            "difference_high": means[1949],
+            "distance": fmean(Levenshtein.normalized_distance(a["response"], b["response"])
+                              for a, b in pairs),
+            "gained": flips.count((False, True)) / len(flips),
+            "lost": flips.count((True, False)) / len(flips)}
 
 
-def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, accepted: float, solved: float,
-            hotter: dict[float, dict]) -> str:
-    """What it means for training with ICPO, in words. accepted: share of steered answers that ERRS accepts; solved: share of
-    problems with one."""
-    interval = f"{100 * change['difference_low']:+.1f} to {100 * change['difference_high']:+.1f} points"
-    name = f"{shots} demonstration{'s' * (shots > 1)} in the context"
-    text = f"On {data}, {name} moved the accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({interval}): "
+def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, accepted: float,
+            solved: float, hotter: dict[float, dict]) -> str:
+    """In words, what this means for training with ICPO.
+
+    accepted: the share of steered answers that ERRS accepts. solved: the share of problems with
+    such an answer. hotter: the changes at raised temperatures.
+    """
+    low, high = 100 * change["difference_low"], 100 * change["difference_high"]
+    text = (f"On {data}, {shots} demonstration{'s' * (shots > 1)} in the context moved the accuracy "
+            f"from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({low:+.1f} to {high:+.1f} "
+            f"points): ")
     if plain["problems"] < 20:
         text += f"{plain['problems']} problems are too few to say whether they help."
-    elif change["difference_low"] > 0:
-        text += "they help, and ICPO has right answers to learn from that plain sampling gives less often."
-    elif change["difference_high"] < 0:
-        text += "they do harm, and ICPO should not be expected to help this model; try other demonstrations."
+    elif low > 0:
+        text += ("they help, and ICPO has right answers to learn from that plain sampling gives "
+                 "less often.")
+    elif high < 0:
+        text += ("they do harm, and ICPO should not be expected to help this model; try other "
+                 "demonstrations.")
     else:
-        text += (f"with {plain['problems']} problems the two cannot be told apart, and whether ICPO helps is open; more problems "
-                 f"or samples would narrow it down.")
-    text += (f" ERRS would accept {accepted:.1%} of the answers with demonstrations, at least one to {solved:.1%} of "
-             f"the problems.")
+        text += (f"with {plain['problems']} problems the two cannot be told apart, and whether ICPO "
+                 f"helps is open; more problems or samples would narrow it down.")
+    text += (f" ERRS would accept {accepted:.1%} of the answers with demonstrations, at least one "
+             f"to {solved:.1%} of the problems.")
     if hotter:
         best = max(hotter, key=lambda temperature: hotter[temperature]["gained"])
-        text += (f" {change['gained']:.1%} of the plain answers turn from wrong to right, and {hotter[best]['gained']:.1%} at "
-                 f"temperature {best:g} instead.")
+        text += (f" {change['gained']:.1%} of the plain answers turn from wrong to right, and "
+                 f"{hotter[best]['gained']:.1%} at temperature {best:g} instead.")
     return text
 
 
+def report(o: EvaluationOptions, found: dict[tuple, list[dict]],
+           rows: dict[tuple, dict]) -> list[dict]:
+    """Prints and draws what demonstrations change; returns it for the file of the table.
+
+    found: the records, and rows: the rows of the table, both by case (data, shots, temperature,
+    again).
+    """
+    results, steered_name = [], f"{o.shots[1]} shot{'s' * (o.shots[1] > 1)}"
+    print(f"\nAgainst the plain answers at temperature {o.temperature:g}:")
+    for name in o.data:
+        plain, steered = (name, 0, o.temperature, False), (name, o.shots[1], o.temperature, False)
+        others = {"0 shots again": (name, 0, o.temperature, True),
+                  **{f"temperature {t:g}": (name, 0, t, True) for t in sorted(o.temperatures)},
+                  steered_name: steered}
+        changes = {label: compare(found[plain], found[key], o.samples)
+                   for label, key in others.items()}
+        for label, c in changes.items():
+            print(f"{name}, {label:<16} accuracy {100 * c['difference']:+.1f} points "
+                  f"({100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f}), "
+                  f"edit distance {c['distance']:.2f}, {c['gained']:.1%} turn right, "
+                  f"{c['lost']:.1%} turn wrong")
+        accepted = [r["score"] >= 1 for r in found[steered]]   # by ERRS
+        solved = fmean(any(accepted[i:i + o.samples])
+                       for i in range(0, len(accepted), o.samples))
+        hotter = {t: changes[f"temperature {t:g}"] for t in o.temperatures}
+        text = verdict(name, o.shots[1], rows[plain], rows[steered], changes[steered_name],
+                       fmean(accepted), solved, hotter)
+        results.append({"data": name, "plain": rows[plain], "steered": rows[steered],
+                        "changes": changes, "verdict": text})
+    picture = Path(o.output).with_suffix(".png")
+    draw(results, picture)
+    print("", *(result["verdict"] for result in results), f"picture: {picture}", sep="\n")
+    return results
+
+
 def draw(results: list[dict], output: Path) -> None:
-    """A PNG. results: for each data set its name, the rows of the table (plain and steered) and the changes by name."""
+    """A PNG. results: for each data set its name, the rows of the table and the changes by name."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     names, width = [Path(result["data"]).stem for result in results], 0.38
     if len(set(names)) < len(names):
         names = [result["data"] for result in results]
     for side, kind in enumerate(("plain", "steered")):
         rows = [result[kind] for result in results]
-        errors = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
-        axes[0].bar([i + (side - 0.5) * width for i in range(len(rows))], [row["accuracy"] for row in rows], width,
-                    yerr=errors, capsize=4, color=COLOURS[side], label=f"{rows[0]['shots']} shots")
-    axes[0].set(title="Accuracy, with 95 % intervals", ylabel="share right", ylim=(0, 1.25), yticks=[i / 5 for i in range(6)],
-                xticks=range(len(names)), xticklabels=names)
+        errors = [[row["accuracy"] - row["low"] for row in rows],
+                  [row["high"] - row["accuracy"] for row in rows]]
+        axes[0].bar([i + (side - 0.5) * width for i in range(len(rows))],
+                    [row["accuracy"] for row in rows], width, yerr=errors, capsize=4,
+                    color=COLOURS[side], label=f"{rows[0]['shots']} shots")
+    axes[0].set(title="Accuracy, with 95 % intervals", ylabel="share right", ylim=(0, 1.25),
+                yticks=[i / 5 for i in range(6)], xticks=range(len(names)), xticklabels=names)
     for axis, title, kinds in (
             (axes[1], "Edit distance to the plain answers", [("distance", "", "-")]),
-            (axes[2], "Answers that flip", [("gained", ", wrong to right", "-"), ("lost", ", right to wrong", "--")])):
-        for name, result, colour, marker in zip(names, results, COLOURS * len(names), "osD^v<>" * len(names)):
+            (axes[2], "Answers that flip", [("gained", ", wrong to right", "-"),
+                                            ("lost", ", right to wrong", "--")])):
+        for name, result, colour, marker in zip(names, results, COLOURS * len(names),
+                                                "osD^v<>" * len(names), strict=False):
             changes = result["changes"]
             for kind, label, line in kinds:
-                axis.plot([each.replace(" ", "\n") for each in changes], [change[kind] for change in changes.values()], line,
-                          color=colour, marker=marker, label=name + label)
+                axis.plot([each.replace(" ", "\n") for each in changes],
+                          [change[kind] for change in changes.values()], line, color=colour,
+                          marker=marker, label=name + label)
         axis.set(title=title, ylabel="share", ylim=(-0.02, None))
     for axis in axes:
         axis.grid(alpha=0.3, axis="y")

@@ -1,15 +1,17 @@
-"""Sampling by continuous batching over a static key-value cache. Knows token ids and nothing of text.
+"""Sampling by continuous batching over a static key-value cache. It knows token ids, not text.
 
-    completions = generate(model, prompts, n=8, max_new_tokens=1024, stop_ids=model.stop_ids, seed=0)
+    completions = generate(model, prompts, n=8, max_new_tokens=1024, stop_ids=model.stop_ids)
 
-A sequence lives in a slot of the cache. The loop of `generate`:
-1. a sequence that has ended leaves its slot to the next one waiting; with none waiting, the batch shrinks;
-2. a new sequence copies the longest prefix that an earlier one has in the cache, and the rest of its prompt is
-   prefilled; so the n responses to a prompt prefill it once, and so do prompts that share their demonstrations;
-3. all slots decode one token, or on a GPU a few, by replaying a CUDA graph.
+A sequence occupies a slot of the cache. The loop of `generate`:
+1. A sequence that has ended leaves its slot to the next one waiting; when none waits, the batch
+   shrinks.
+2. A new sequence copies the longest prefix that an earlier one has in the cache, and the rest of
+   its prompt is prefilled. So the n responses to a prompt prefill it once, and prompts that share
+   their demonstrations prefill these once.
+3. All slots decode one token, or on a GPU a few tokens, by replaying a CUDA graph.
 
-The model is the one that trains, so the log-probabilities returned here are the old log-probabilities of the objective;
-no second pass is needed.
+The model is the one that trains, so the log-probabilities returned here are the old
+log-probabilities of the objective, and no second pass is needed.
 """
 
 import contextlib
@@ -27,13 +29,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from machine import free_memory, pack_weights
+from machine import free_memory, merged_products
 from model_utils import KVCache, ModelConfig, Transformer
 
-MAX_SLOTS = 256            # where the free memory would allow more
-CHECK_EVERY = 16           # decode steps on a GPU between two looks, which synchronise, at what has ended
+MAX_SLOTS = 256            # even where the free memory would allow more
+CHECK_EVERY = 16           # decode steps on a GPU between two checks, which wait for the device
 PREFILL_POSITIONS = 4096   # in one pass, so that its memory is bounded
-SHARE_AT_LEAST = 32        # positions; a shorter common prefix costs more in passes than it saves
+SHARE_AT_LEAST = 32        # positions; copying a shorter common prefix costs more than it saves
 
 
 @dataclass
@@ -45,13 +47,12 @@ class Completion:
 
 @dataclass
 class Work:
-    """What rollouts have cost. Positions are what went through the model; wasted are those that served no sequence:
-    padding, and what ran on behind an end."""
+    """The cost of rollouts. sequence_steps / slot_steps is the occupancy of the slots."""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    positions: int = 0
-    wasted_positions: int = 0
-    sequence_steps: int = 0      # running sequences, added up over decode steps; over slot_steps it is the occupancy
+    positions: int = 0           # that went through the model
+    wasted_positions: int = 0    # of these, padding and what was decoded behind an end
+    sequence_steps: int = 0      # running sequences, added up over decode steps
     slot_steps: int = 0          # slots, no more than there are sequences, times decode steps
 
 
@@ -60,34 +61,37 @@ class _Sequence:
     index: int                   # its place in the result
     prompt: list[int]
     key: int                     # of its random numbers
-    leader: "_Sequence | None"   # the first in the queue that has the same `shared` first tokens
-    shared: int                  # all of them, if it has the same prompt
+    leader: "_Sequence | None"   # the first in the queue that has the same first `shared` tokens
+    shared: int                  # the length of the prompt, if the leader has the same prompt
     slot: int = -1
     count: int = 0               # tokens sampled
 
 
-def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[int] = 1, max_new_tokens: int,
-             temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, stop_ids: Sequence[int] = (), seed: int = 0,
-             stream_ids: Sequence[int] | None = None, slots: int = 0, sampler: "Sampler | None" = None,
+def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[int] = 1,
+             max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+             stop_ids: Sequence[int] = (), seed: int = 0, stream_ids: Sequence[int] | None = None,
+             slots: int = 0, sampler: "Sampler | None" = None,
              progress: Callable[[int, int], None] | None = None) -> list[Completion]:
-    """Sample n completions of each prompt; they come n consecutive per prompt, in the order of the prompts.
+    """Samples n completions of each prompt; n consecutive ones a prompt, in the prompts' order.
 
     n: one number, or one for each prompt.
-    temperature: 0 is greedy (then every log-probability is 0: the distribution sampled from is a point).
-    top_k: 0 keeps the whole vocabulary, else only the k likeliest tokens. top_p: of those, the smallest set of
-        likeliest tokens whose probability reaches top_p.
-    seed, stream_ids: every random number is a function of (seed, the prompt's stream id, sample, position), so what is
-        sampled does not depend on which other prompts, slots or processes there are. stream_ids: one integer per
-        prompt, by default its index.
-    slots: sequences sampled at the same time; 0 lets choose_slots choose. It does nothing beside a sampler.
-    sampler: slots to use again, rollout after rollout, instead of new ones. A call that fails or is interrupted gives
-        their memory back.
-    progress: called with the number of sequences that have just ended, and of tokens sampled since the last call.
-    Raises ValueError for prompts, lengths or sampling settings that make no sense and a cache that does not fit, with
-    the numbers.
+    temperature: 0 is greedy; every log-probability is then 0, that of a certain event.
+    top_k: 0 keeps the whole vocabulary, else only the k likeliest tokens. top_p: keeps the smallest
+        set of likeliest tokens whose probability reaches top_p.
+    seed, stream_ids: every random number is a function of (seed, the prompt's stream id, sample,
+        position), so the result does not depend on other prompts, slots or processes. stream_ids:
+        one integer a prompt, by default its index.
+    slots: sequences sampled at the same time; 0 lets choose_slots choose. Unused with a sampler.
+    sampler: slots to use again, rollout after rollout, instead of new ones. A call that fails or is
+        interrupted frees their memory.
+    progress: called with the number of sequences that have ended and of tokens sampled since the
+        last call.
+    Raises ValueError, with the numbers, for prompts, lengths or settings that make no sense and for
+    a cache that does not fit.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
-    _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler)
+    _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots,
+           sampler)
     if not prompts:
         return []
     if sampler is None:
@@ -95,26 +99,31 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
         slots = slots or choose_slots(model.config, sum(counts), longest, model.device, model.dtype)
         sampler = Sampler(model.config, min(slots, sum(counts)), longest, model.device, model.dtype)
     streams = range(len(prompts)) if stream_ids is None else stream_ids
-    keys = [[_stream_key(seed, streams[p], s) for s in range(count)] for p, count in enumerate(counts)]
+    keys = [[_stream_key(seed, streams[p], s) for s in range(count)]
+            for p, count in enumerate(counts)]
     settings = _Settings(temperature, top_p, top_k, tuple(stop_ids), max_new_tokens)
-    waiting, running, ended = deque(_queue(prompts, keys)), [], []   # running[b] is in slot b; ended: slots, ascending
-    completions: list[Completion] = [None] * len(waiting)
+    waiting: deque[_Sequence] = deque(_queue(prompts, keys))
+    running: list[_Sequence] = []   # running[b] is in slot b
+    ended: list[int] = []           # slots, ascending
+    completions: dict[int, Completion] = {}
     try:
-        usable = min(sampler.slots, len(waiting))
-        # What torch.compile has compiled reads the weights where they were.
-        with contextlib.nullcontext() if sampler.compiled else pack_weights(model), torch.inference_mode():
+        count, usable = len(waiting), min(sampler.slots, len(waiting))
+        # A step that torch.compile has compiled reads the weights where they were.
+        products = contextlib.nullcontext() if sampler.compiled else merged_products(model)
+        with products, torch.inference_mode():
             sampler.prepare(model, settings)
             while waiting or len(ended) < len(running):
-                # Who has ended leaves its slot to the next one waiting.
+                # The next sequences waiting take the slots of those that have ended.
                 free = ended + list(range(len(running), sampler.slots))
                 admitted = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                for sequence, slot in zip(admitted, free):
+                for sequence, slot in zip(admitted, free, strict=False):
                     sequence.slot = slot
                     running[slot:slot + 1] = [sequence]
                 if admitted:
                     sampler.admit(model, admitted, settings)
-                # With none waiting, the last sequences move there: the batch is always the first slots. Only now, since
-                # what was admitted may have had its prefix from one of these.
+                # When none waits, the last sequences move into those slots, so that the batch is
+                # always the first slots. This comes after admission, because an admitted sequence
+                # may copy its prefix from one that moves.
                 moved = {}
                 for slot in reversed(ended[len(admitted):]):
                     last = running.pop()
@@ -124,19 +133,390 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
                 if moved:
                     sampler.move(moved)
                 ended, sampled = sampler.decode(model, running, settings, usable)
-                for sequence, completion in sampler.collect([running[slot] for slot in ended], settings):
+                done = [running[slot] for slot in ended]
+                for sequence, completion in sampler.collect(done, settings):
                     completions[sequence.index] = completion
                 if progress:
                     progress(len(ended), len(admitted) + sampled)
-    except BaseException:   # Ctrl-C, too, leaves nothing allocated
+    except BaseException:   # Ctrl-C too leaves nothing allocated
         sampler.release()
         raise
-    return completions
+    return [completions[index] for index in range(count)]
 
 
-def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots, sampler):
-    for name, value, least in (*(("n", count, 1) for count in counts), ("max_new_tokens", max_new_tokens, 1),
-                               ("slots", slots, 0), ("top_k", top_k, 0), ("temperature", temperature, 0)):
+def _queue(prompts, keys) -> list[_Sequence]:
+    """The sequences in lexicographic order of their prompts.
+
+    Each gets the longest prefix that an earlier one has. In this order all sequences from a leader
+    to its follower begin with what these two share. So the prefix is there to copy when the
+    follower is admitted, whichever of them then occupies the leader's slot.
+    """
+    queue: list[_Sequence] = []
+    offsets = list(itertools.accumulate(map(len, keys), initial=0))   # of a prompt's results
+    common: list[tuple[int, _Sequence]] = []   # (length, leader): prefixes of the last, ascending
+    for p in sorted(range(len(prompts)), key=lambda p: prompts[p]):
+        for sample, key in enumerate(keys[p]):
+            leader, shared = None, 0
+            if queue:
+                leader, shared = queue[-1], _shared_prefix(queue[-1].prompt, prompts[p])
+                while common and common[-1][0] >= shared:
+                    leader = common.pop()[1]
+                common.append((shared, leader))
+            if shared < SHARE_AT_LEAST and shared < len(prompts[p]):
+                leader, shared = None, 0
+            queue.append(_Sequence(offsets[p] + sample, prompts[p], key, leader, shared))
+    return queue
+
+
+def _shared_prefix(a: list[int], b: list[int]) -> int:
+    if a == b:
+        return len(a)
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The slots
+
+class _Settings(NamedTuple):
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_ids: tuple[int, ...]
+    limit: int   # tokens of a response
+
+
+class Sampler:
+    """Slots of a static cache, and the decode step over the first of them.
+
+    The tensors keep their addresses from one rollout to the next, so that CUDA graphs may refer to
+    them. slots: sequences at the same time. max_length: positions of each, prompt and response
+    together. compile: put the decode step through torch.compile. Raises ValueError, with the
+    numbers, where the cache does not fit.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, max_length: int, device,
+                 dtype: torch.dtype, compile: bool = False):
+        self.config, self.slots, self.max_length = config, slots, max_length
+        self.device, self.dtype = torch.device(device), dtype
+        self.capture = None   # on a GPU, see prepare
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.step, self.compiled = self._step, compile
+        if compile:
+            # The cached function has no side effect, so Dynamo may trace through the cache.
+            warnings.filterwarnings("ignore",
+                                    message="Dynamo detected a call to a `functools.lru_cache`")
+            self.step = torch.compile(self._step, dynamic=True)
+        self.work = Work()
+        self.cache, self.graphs, self.model = None, {}, lambda: None
+        needed = slots * KVCache.bytes_per_slot(config, max_length, dtype)
+        free = free_memory(self.device)
+        if needed > free:
+            raise ValueError(f"a cache of {slots} slots of {max_length} positions takes "
+                             f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: fewer "
+                             f"slots, or shorter prompts and responses, would fit")
+
+    def prepare(self, model: Transformer, settings: _Settings) -> None:
+        """Allocates what is not yet there, and drops the graphs of another model.
+
+        Graphs refer to the weights they were captured with. For a model that is gathered for every
+        rollout they are captured anew each time: tens of milliseconds for every batch and span met.
+        """
+        if self.model() is not model:
+            self.graphs.clear()
+            self.model = weakref.ref(model)   # weak, so that a gathered copy is freed
+            if self.stream:
+                self.capture = _make_capture(self.stream)
+        if self.cache is None:
+            self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
+            zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
+            shape = (self.slots, self.max_length)
+            self.lengths = zeros(self.slots)           # positions in the cache
+            self.tokens = zeros(self.slots)            # the last token, not yet in the cache
+            self.counts = zeros(self.slots)            # tokens sampled
+            self.done = torch.ones_like(self.counts)   # 1: free, or ended and not yet collected
+            self.prompt_logits = zeros(self.slots, self.config.vocab_size, dtype=self.dtype)
+            self.sampled = zeros(shape)
+            self.logprobs = zeros(shape, dtype=torch.float32)
+            self.uniforms = zeros(shape, dtype=torch.float64)   # the random numbers of a response
+            # Where the row of each slot begins in these three, flattened.
+            self.flat = torch.arange(self.slots, device=self.device) * self.max_length
+            self.stops = {}
+        if settings.stop_ids not in self.stops:
+            self.stops[settings.stop_ids] = torch.tensor(settings.stop_ids, device=self.device,
+                                                         dtype=torch.long)
+
+    def release(self) -> None:
+        """Frees all memory; `prepare` allocates it again."""
+        self.graphs.clear()
+        self.model = lambda: None
+        self.cache = self.lengths = self.tokens = self.counts = self.done = None
+        self.prompt_logits = self.sampled = self.logprobs = self.uniforms = None
+        self.flat = self.stops = None
+
+    def admit(self, model: Transformer, sequences: list[_Sequence], settings: _Settings) -> None:
+        """Gives new sequences their prompt and first token.
+
+        A prefix is copied from its leader and the rest of the prompt is prefilled.
+        """
+        started = time.perf_counter()
+        # A sequence admitted together with its leader waits one round, until the leader's prefix
+        # is cached.
+        rounds: dict[_Sequence, int] = {}
+        for s in sequences:
+            rounds[s] = rounds.get(s.leader, -1) + 1
+        for number in range(max(rounds.values()) + 1):
+            members = [s for s in sequences if rounds[s] == number]
+            copies = [s for s in members if s.shared and s.leader.slot != s.slot]
+            if copies:   # positions copied beyond a sequence's own share are overwritten later
+                sources = self._tensor([s.leader.slot for s in copies])
+                targets = self._tensor([s.slot for s in copies])
+                self.cache.copy(sources, targets, max(s.shared for s in copies))
+                self.prompt_logits[targets] = self.prompt_logits[sources]
+            # Rows of similar length go together. Rows without a prefix go apart from the others,
+            # because their attention is cheaper.
+            batch: list[_Sequence] = []
+            rest = {s: len(s.prompt) - s.shared for s in members if s.shared < len(s.prompt)}
+            for s in sorted(rest, key=lambda s: (s.shared == 0, rest[s]), reverse=True):
+                if batch and ((s.shared == 0) != (batch[0].shared == 0)
+                              or rest[s] < rest[batch[0]] // 2
+                              or rest[batch[0]] * (len(batch) + 1) > PREFILL_POSITIONS):
+                    self._prefill(model, batch)
+                    batch = []
+                batch.append(s)
+            if batch:
+                self._prefill(model, batch)
+
+        slots = self._tensor([s.slot for s in sequences])
+        keys = self._tensor([s.key for s in sequences])
+        positions = torch.arange(settings.limit, device=self.device)
+        self.uniforms[slots, :settings.limit] = uniform(keys[:, None], positions)
+        self.lengths[slots] = self._tensor([len(s.prompt) for s in sequences])
+        self.counts[slots] = 0
+        self.done[slots] = 0
+        self._append(slots, self.prompt_logits[slots], settings)
+        for s in sequences:
+            s.count = 1
+        if self.stream:
+            torch.cuda.synchronize(self.device)
+        self.work.prefill_seconds += time.perf_counter() - started
+
+    def _prefill(self, model, batch):
+        rests = [s.prompt[s.shared:] for s in batch]
+        width = max(map(len, rests))
+        tokens = self._tensor([rest + [0] * (width - len(rest)) for rest in rests])       # [B, T]
+        slots = self._tensor([s.slot for s in batch])
+        starts = self._tensor([s.shared for s in batch]) if batch[0].shared else None
+        span = min(width + max(s.shared for s in batch), self.max_length)
+        hidden = model.extend(tokens, self.cache, slots, starts, span)                 # [B, T, D]
+        last = self._tensor([len(rest) - 1 for rest in rests])
+        rows = torch.arange(len(batch), device=self.device)
+        self.prompt_logits[slots] = model.logits(hidden[rows, last])                      # [B, V]
+        self.work.positions += tokens.numel()
+        self.work.wasted_positions += tokens.numel() - sum(map(len, rests))
+
+    def decode(self, model: Transformer, running: list[_Sequence], settings: _Settings,
+               usable: int) -> tuple[list[int], int]:
+        """Samples a token for every sequence, or several on a GPU, where each check waits for it.
+
+        Returns (slots that have ended, tokens sampled).
+        """
+        started, batch = time.perf_counter(), len(running)
+        left = max(settings.limit - s.count for s in running)
+        steps = min(CHECK_EVERY if self.capture else 1, left)
+        span = max(len(s.prompt) + s.count - 1 for s in running) + steps
+        if self.capture:
+            batch = bucket(batch, self.slots)
+            span = bucket(max(span, 64), self.max_length)
+        key = (batch, span, settings)
+        for _ in range(steps):
+            if not self.capture:
+                self.step(model, *key)
+            elif key in self.graphs:
+                self.graphs[key]()
+            else:
+                self.graphs[key] = self.capture(functools.partial(self.step, model, *key))
+        state = torch.stack((self.counts[:len(running)], self.done[:len(running)])).tolist()
+        sampled = sum(state[0]) - sum(s.count for s in running)
+        for s, count in zip(running, state[0]):
+            s.count = count
+        self.work.decode_seconds += time.perf_counter() - started
+        self.work.sequence_steps += sampled
+        self.work.positions += batch * steps
+        self.work.wasted_positions += batch * steps - sampled
+        self.work.slot_steps += usable * steps
+        return [slot for slot, done in enumerate(state[1]) if done], sampled
+
+    def _step(self, model, batch, span, settings):
+        """Samples a token for each of the first `batch` slots, without waiting for the device."""
+        hidden = model.extend(self.tokens[:batch, None], self.cache, None, self.lengths[:batch],
+                              span)                                                    # [B, 1, D]
+        self.lengths[:batch] += 1 - self.done[:batch]
+        self._append(slice(batch), model.logits(hidden[:, 0]), settings)
+
+    def _append(self, slots, logits, settings):
+        """Samples a token for these slots [B] from logits [B, V].
+
+        A slot that is done writes behind its end, where nothing reads.
+        """
+        done, place = self.done[slots], self.flat[slots] + self.counts[slots]             # [B]
+        tokens, logprobs = sample(logits, settings.temperature, settings.top_p, settings.top_k,
+                                  self.uniforms.view(-1)[place])
+        self.tokens[slots] = self.sampled.view(-1)[place] = tokens
+        self.logprobs.view(-1)[place] = logprobs
+        self.counts[slots] += 1 - done
+        ended = ((tokens[:, None] == self.stops[settings.stop_ids]).any(-1)
+                 | (self.counts[slots] == settings.limit))
+        self.done[slots] = done | ended
+
+    def collect(self, ended: list[_Sequence],
+                settings: _Settings) -> list[tuple[_Sequence, Completion]]:
+        """The completions of sequences that have ended."""
+        if not ended:
+            return []
+        slots, longest = self._tensor([s.slot for s in ended]), max(s.count for s in ended)
+        rows = zip(ended, self.sampled[slots, :longest].tolist(),
+                   self.logprobs[slots, :longest].tolist(), strict=True)
+        return [(s, Completion(tokens[:s.count], logprobs[:s.count],
+                               tokens[s.count - 1] in settings.stop_ids))
+                for s, tokens, logprobs in rows]
+
+    def move(self, moved: dict[int, _Sequence]) -> None:
+        """Moves sequences to the slots given, from none of which another one moves."""
+        sources = self._tensor([s.slot for s in moved.values()])
+        targets = self._tensor(list(moved))
+        self.cache.copy(sources, targets, max(len(s.prompt) + s.count for s in moved.values()))
+        for state in (self.lengths, self.tokens, self.counts, self.done, self.sampled,
+                      self.logprobs, self.uniforms):
+            state[targets] = state[sources]
+        self.done[sources] = 1
+        for slot, sequence in moved.items():
+            sequence.slot = slot
+
+    def _tensor(self, numbers) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device)
+
+
+Step = Callable[[], None]
+
+
+def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
+    """Returns a function that runs a step once and returns the replay of its CUDA graph.
+
+    The run is the warm-up that capturing needs. The graphs share their memory, because they are
+    never replayed at the same time.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):   # records without running
+            step()
+        return graph.replay
+    return capture
+
+
+def bucket(number: int, most: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but at most `most`.
+
+    These are few enough to capture a graph for each.
+    """
+    power = 1 << (number - 1).bit_length()
+    return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
+
+
+def choose_slots(config: ModelConfig, sequences: int, max_length: int, device,
+                 dtype: torch.dtype) -> int:
+    """The least of `sequences`, MAX_SLOTS and what a third of the free memory holds; at least 1."""
+    per_slot = KVCache.bytes_per_slot(config, max_length, dtype)
+    return max(1, min(sequences, MAX_SLOTS, free_memory(torch.device(device)) // 3 // per_slot))
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,
+           uniforms: torch.Tensor):
+    """One token a row: logits [B, V], uniforms [B] in [0, 1) -> tokens [B], logprobs [B] float32.
+
+    It inverts the distribution: the token is the first one at which the cumulative probability
+    passes the uniform number.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    if top_k or top_p < 1:
+        count = min(top_k, logits.shape[-1])
+        ranked, ids = logits.topk(count) if top_k else logits.sort(descending=True)
+        if top_p < 1:
+            probs = ranked.softmax(-1)
+            likelier = probs.cumsum(-1) - probs   # of the tokens before this one
+            ranked = ranked.masked_fill(likelier >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, ranked)
+    probs = logits.softmax(-1)                                                            # [B, V]
+    # First the block of the vocabulary is found, then the token in it, so that only sums of blocks
+    # are cumulated in float64. The clamps keep the NaN of a diverged model from becoming an index
+    # out of bounds.
+    blocks = F.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    cumulative = blocks.sum(-1).double().cumsum(-1)                                   # [B, V/128]
+    # The sum is not exactly 1, because of rounding.
+    targets = uniforms[:, None] * cumulative[:, -1:]                                      # [B, 1]
+    block = torch.searchsorted(cumulative, targets, right=True)
+    block = block.clamp(max=cumulative.shape[-1] - 1)                                     # [B, 1]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
+    inside = inside.double().cumsum(-1)                                                 # [B, 128]
+    targets = targets - F.pad(cumulative, (1, 0)).gather(1, block)
+    targets = targets.minimum(inside[:, -1:] * (1 - 1e-15))   # both sums of a block are rounded
+    tokens = block * _BLOCK + torch.searchsorted(inside, targets, right=True)             # [B, 1]
+    tokens = tokens.clamp(max=probs.shape[-1] - 1)
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+_BLOCK = 128   # it divides the vocabularies of most models
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers: the finaliser of splitmix64 (Steele, Lea, Flood, 2014) over the key of a sequence
+# and the position in it. Each number is computed without the ones before it.
+
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_64_BITS = (1 << 64) - 1
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same 64 bits; products of tensors of these wrap as unsigned ones do."""
+    return (x & _64_BITS) - (1 << 64) * ((x >> 63) & 1)
+
+
+def _stream_key(*parts: int) -> int:
+    """One int64 from (seed, stream id, sample)."""
+    key = 0
+    for part in parts:
+        key = (key + int(part) + 1) * _GOLDEN & _64_BITS
+        key = (key ^ key >> 30) * _MIX_1 & _64_BITS
+        key = (key ^ key >> 27) * _MIX_2 & _64_BITS
+        key ^= key >> 31
+    return _signed(key)
+
+
+def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """keys, positions int64, of shapes that broadcast -> float64 in [0, 1), 32 random bits each."""
+    x = keys + (positions + 1) * _signed(_GOLDEN)
+    # The masks turn the arithmetic shifts of signed numbers into logical ones.
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(_MIX_1)
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(_MIX_2)
+    return ((x ^ (x >> 31 & (1 << 33) - 1)) >> 32 & 0xFFFFFFFF).double() / 2 ** 32
+
+
+# --------------------------------------------------------------------------------------------------
+# Arguments
+
+def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots,
+           sampler) -> None:
+    for name, value, least in (*(("n", count, 1) for count in counts),
+                               ("max_new_tokens", max_new_tokens, 1), ("slots", slots, 0),
+                               ("top_k", top_k, 0), ("temperature", temperature, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if not math.isfinite(temperature):
@@ -158,312 +538,9 @@ def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, st
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: there is nothing to continue")
         if len(prompt) > room:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} {whose} "
-                             f"{positions} positions leave room for {max(room, 0)}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens="
+                             f"{max_new_tokens} {whose} {positions} positions leave room for "
+                             f"{max(room, 0)}")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"prompt {i} has token ids from {min(prompt)} to {max(prompt)}; "
                              f"the vocabulary is 0 to {config.vocab_size - 1}")
-
-
-def _queue(prompts, keys) -> list[_Sequence]:
-    """The sequences in lexicographic order of their prompts, each with the longest prefix that one before it has.
-
-    In this order all sequences from a leader to its follower begin with what those two share. So whichever of them has
-    the leader's slot by the time the follower is admitted, the prefix is still there to copy."""
-    queue: list[_Sequence] = []
-    first = list(itertools.accumulate(map(len, keys), initial=0))   # of a prompt's sequences, in the result
-    common: list[tuple[int, _Sequence]] = []   # (length, leader) of prefixes of the last in the queue, ever longer
-    for p in sorted(range(len(prompts)), key=lambda p: prompts[p]):
-        for sample, key in enumerate(keys[p]):
-            leader, shared = None, 0
-            if queue:
-                leader, shared = queue[-1], _shared_prefix(queue[-1].prompt, prompts[p])
-                while common and common[-1][0] >= shared:
-                    leader = common.pop()[1]
-                common.append((shared, leader))
-            if shared < SHARE_AT_LEAST and shared < len(prompts[p]):
-                leader, shared = None, 0
-            queue.append(_Sequence(first[p] + sample, prompts[p], key, leader, shared))
-    return queue
-
-
-def _shared_prefix(a: list[int], b: list[int]) -> int:
-    return len(a) if a == b else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The slots
-
-class _Settings(NamedTuple):
-    temperature: float
-    top_p: float
-    top_k: int
-    stop_ids: tuple[int, ...]
-    limit: int   # tokens of a response
-
-
-class Sampler:
-    """Slots of a static cache, and the decode step over the first of them. The tensors keep their places in memory from
-    one rollout to the next, so that CUDA graphs may refer to them.
-
-    slots: sequences at the same time. max_length: positions of each, prompt and response together. compile: the decode
-    step goes through torch.compile. Raises ValueError, with the numbers, where the cache does not fit.
-    """
-
-    def __init__(self, config: ModelConfig, slots: int, max_length: int, device, dtype: torch.dtype,
-                 compile: bool = False):
-        self.config, self.slots, self.max_length = config, slots, max_length
-        self.device, self.dtype = torch.device(device), dtype
-        self.capture = None   # on a GPU, see prepare
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.step, self.compiled = self._step, compile
-        if compile:
-            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")   # it may
-            self.step = torch.compile(self._step, dynamic=True)
-        self.work = Work()
-        self.cache, self.graphs, self.model = None, {}, lambda: None
-        needed, free = slots * KVCache.bytes_per_slot(config, max_length, dtype), free_memory(self.device)
-        if needed > free:
-            raise ValueError(f"a cache of {slots} slots of {max_length} positions takes {needed / 1e9:.2f} GB, but "
-                             f"{free / 1e9:.2f} GB are free: fewer slots, or shorter prompts and responses, would fit")
-
-    def prepare(self, model: Transformer, settings: _Settings) -> None:
-        """Allocate what is not yet; forget the graphs of another model, which refer to its weights. A model gathered
-        for every rollout has its graphs captured anew in each: tens of milliseconds for every batch and span met."""
-        if self.model() is not model:
-            self.graphs.clear()
-            self.model = weakref.ref(model)   # weak: a gathered copy goes when its rollout ends
-            if self.stream:
-                self.capture = _make_capture(self.stream)
-        if self.cache is None:
-            self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
-            zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
-            self.lengths = zeros(self.slots)                    # positions in the cache
-            self.tokens = zeros(self.slots)                     # the last token, not yet in the cache
-            self.counts = zeros(self.slots)                     # tokens sampled
-            self.done = torch.ones_like(self.counts)            # 1: free, or ended and not yet collected
-            self.first = zeros(self.slots, self.config.vocab_size, dtype=self.dtype)   # logits after the prompt
-            self.sampled = zeros(self.slots, self.max_length)
-            self.logprobs = zeros(self.slots, self.max_length, dtype=torch.float32)
-            self.uniforms = zeros(self.slots, self.max_length, dtype=torch.float64)   # the random numbers of a response
-            self.flat = torch.arange(self.slots, device=self.device) * self.max_length   # where a slot's row begins in these
-            self.stops = {}
-        if settings.stop_ids not in self.stops:
-            self.stops[settings.stop_ids] = torch.tensor(settings.stop_ids, device=self.device, dtype=torch.long)
-
-    def release(self) -> None:
-        """Give all memory back; `prepare` allocates it again."""
-        self.graphs.clear()
-        self.model = lambda: None
-        self.cache = self.lengths = self.tokens = self.counts = self.done = self.first = None
-        self.sampled = self.logprobs = self.uniforms = self.flat = self.stops = None
-
-    def admit(self, model: Transformer, sequences: list[_Sequence], settings: _Settings) -> None:
-        """Give new sequences their prompt, what a leader has copied and the rest prefilled, and their first token."""
-        started = time.perf_counter()
-        rounds: dict[_Sequence, int] = {}   # one whose leader comes in with it is a round later
-        for s in sequences:
-            rounds[s] = rounds.get(s.leader, -1) + 1
-        for number in range(max(rounds.values()) + 1):
-            members = [s for s in sequences if rounds[s] == number]
-            copies = [s for s in members if s.shared and s.leader.slot != s.slot]
-            if copies:   # what is copied beyond its own share is overwritten by what follows in a slot
-                sources, targets = (self._tensor([x.slot for x in chosen]) for chosen in ([s.leader for s in copies], copies))
-                self.cache.copy(sources, targets, max(s.shared for s in copies))
-                self.first[targets] = self.first[sources]
-            # Rows of like length go together, and those that start from nothing: their attention is cheaper.
-            batch: list[_Sequence] = []
-            rest = {s: len(s.prompt) - s.shared for s in members if s.shared < len(s.prompt)}
-            for s in sorted(rest, key=lambda s: (s.shared == 0, rest[s]), reverse=True):
-                if batch and ((s.shared == 0) != (batch[0].shared == 0) or rest[s] < rest[batch[0]] // 2
-                              or rest[batch[0]] * (len(batch) + 1) > PREFILL_POSITIONS):
-                    self._prefill(model, batch)
-                    batch = []
-                batch.append(s)
-            if batch:
-                self._prefill(model, batch)
-
-        slots = self._tensor([s.slot for s in sequences])
-        keys, positions = self._tensor([s.key for s in sequences]), torch.arange(settings.limit, device=self.device)
-        self.uniforms[slots, :settings.limit] = uniform(keys[:, None], positions)
-        self.lengths[slots] = self._tensor([len(s.prompt) for s in sequences])
-        self.counts[slots] = 0
-        self.done[slots] = 0
-        self._append(slots, self.first[slots], settings)
-        for s in sequences:
-            s.count = 1
-        if self.stream:
-            torch.cuda.synchronize(self.device)
-        self.work.prefill_seconds += time.perf_counter() - started
-
-    def _prefill(self, model, batch):
-        rests = [s.prompt[s.shared:] for s in batch]
-        width = max(map(len, rests))
-        tokens = self._tensor([rest + [0] * (width - len(rest)) for rest in rests])                # [B, T]
-        slots = self._tensor([s.slot for s in batch])
-        starts = self._tensor([s.shared for s in batch]) if batch[0].shared else None
-        hidden = model.extend(tokens, self.cache, slots, starts,
-                              min(width + max(s.shared for s in batch), self.max_length))         # [B, T, D]
-        last = self._tensor([len(rest) - 1 for rest in rests])
-        self.first[slots] = model.logits(hidden[torch.arange(len(batch), device=self.device), last])
-        self.work.positions += tokens.numel()
-        self.work.wasted_positions += tokens.numel() - sum(map(len, rests))
-
-    def decode(self, model: Transformer, running: list[_Sequence], settings: _Settings,
-               usable: int) -> tuple[list[int], int]:
-        """One token for every sequence, or several where looking costs: (slots that ended, tokens sampled)."""
-        started, batch = time.perf_counter(), len(running)
-        steps = min(CHECK_EVERY if self.capture else 1, max(settings.limit - s.count for s in running))
-        span = max(len(s.prompt) + s.count - 1 for s in running) + steps
-        if self.capture:
-            batch, span = bucket(batch, self.slots), bucket(max(span, 64), self.max_length)
-        key = (batch, span, settings)
-        for _ in range(steps):
-            if not self.capture:
-                self.step(model, *key)
-            elif key in self.graphs:
-                self.graphs[key]()
-            else:
-                self.graphs[key] = self.capture(functools.partial(self.step, model, *key))
-        state = torch.stack((self.counts[:len(running)], self.done[:len(running)])).tolist()
-        sampled = sum(state[0]) - sum(s.count for s in running)
-        for s, count in zip(running, state[0]):
-            s.count = count
-        self.work.decode_seconds += time.perf_counter() - started
-        self.work.sequence_steps += sampled
-        self.work.positions += batch * steps
-        self.work.wasted_positions += batch * steps - sampled
-        self.work.slot_steps += usable * steps
-        return [slot for slot, done in enumerate(state[1]) if done], sampled
-
-    def _step(self, model, batch, span, settings):
-        """One token for each of the first `batch` slots. Nothing here waits for the device or depends on its numbers."""
-        hidden = model.extend(self.tokens[:batch, None], self.cache, None, self.lengths[:batch], span)   # [B, 1, D]
-        self.lengths[:batch] += 1 - self.done[:batch]
-        self._append(slice(batch), model.logits(hidden[:, 0]), settings)
-
-    def _append(self, slots, logits, settings):
-        """Sample a token for these slots [B] from logits [B, V]. One that is done writes behind its end, unseen."""
-        done, place = self.done[slots], self.flat[slots] + self.counts[slots]                       # [B]
-        tokens, logprobs = sample(logits, settings.temperature, settings.top_p, settings.top_k,
-                                  self.uniforms.view(-1)[place])
-        self.tokens[slots] = self.sampled.view(-1)[place] = tokens
-        self.logprobs.view(-1)[place] = logprobs
-        self.counts[slots] += 1 - done
-        ended = (tokens[:, None] == self.stops[settings.stop_ids]).any(-1) | (self.counts[slots] == settings.limit)
-        self.done[slots] = done | ended
-
-    def collect(self, ended: list[_Sequence], settings: _Settings) -> list[tuple[_Sequence, Completion]]:
-        """The completions of sequences that have ended."""
-        if not ended:
-            return []
-        slots, longest = self._tensor([s.slot for s in ended]), max(s.count for s in ended)
-        rows = zip(ended, self.sampled[slots, :longest].tolist(), self.logprobs[slots, :longest].tolist())
-        return [(s, Completion(tokens[:s.count], logprobs[:s.count], tokens[s.count - 1] in settings.stop_ids))
-                for s, tokens, logprobs in rows]
-
-    def move(self, moved: dict[int, _Sequence]) -> None:
-        """Sequences to the slots given; none of these is where another one comes from."""
-        sources, targets = self._tensor([s.slot for s in moved.values()]), self._tensor(list(moved))
-        self.cache.copy(sources, targets, max(len(s.prompt) + s.count for s in moved.values()))
-        for state in (self.lengths, self.tokens, self.counts, self.done, self.sampled, self.logprobs, self.uniforms):
-            state[targets] = state[sources]
-        self.done[sources] = 1
-        for slot, sequence in moved.items():
-            sequence.slot = slot
-
-    def _tensor(self, numbers) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.device)
-
-
-def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """A function that runs a step once, which capturing wants as a warm-up, and returns its CUDA graph's replay.
-
-    The graphs of one such function share their memory, as they are never replayed at the same time."""
-    pool = torch.cuda.graph_pool_handle()
-
-    def capture(step):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):   # records without running
-            step()
-        return graph.replay
-    return capture
-
-
-def bucket(number: int, most: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but no more than `most`: few enough to capture a graph for each."""
-    power = 1 << (number - 1).bit_length()
-    return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
-
-
-def choose_slots(config: ModelConfig, sequences: int, max_length: int, device, dtype: torch.dtype) -> int:
-    """As many slots as there are sequences, as MAX_SLOTS, or as fit in a third of the free memory; at least one."""
-    fitting = free_memory(torch.device(device)) // 3 // KVCache.bytes_per_slot(config, max_length, dtype)
-    return max(1, min(sequences, MAX_SLOTS, fitting))
-
-
-def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int, uniforms: torch.Tensor):
-    """One token a row: logits [B, V], uniforms [B] in [0, 1) -> tokens [B], their log-probabilities [B] float32.
-
-    By inversion: the first token at which the cumulative probability passes the uniform number.
-    """
-    if temperature == 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if top_k or top_p < 1:
-        ranked, ids = logits.topk(min(top_k, logits.shape[-1])) if top_k else logits.sort(descending=True)
-        if top_p < 1:
-            probs = ranked.softmax(-1)
-            ranked = ranked.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)   # the likelier alone reach top_p
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, ranked)
-    probs = logits.softmax(-1)                                                                    # [B, V]
-    # First the block of the vocabulary, then the token in it: only sums of blocks need to be cumulated in float64. The
-    # clamps are for the NaN of a model that has diverged, which must not become an index out of bounds.
-    blocks = F.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))             # [B, V/128, 128]
-    cumulative = blocks.sum(-1).double().cumsum(-1)                                               # [B, V/128]
-    targets = uniforms[:, None] * cumulative[:, -1:]   # scaled to the sum, which rounding keeps from being exactly 1
-    block = torch.searchsorted(cumulative, targets, right=True).clamp(max=cumulative.shape[-1] - 1)   # [B, 1]
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)   # [B, 128]
-    targets = targets - F.pad(cumulative, (1, 0)).gather(1, block)
-    targets = targets.minimum(inside[:, -1:] * (1 - 1e-15))   # the two sums of a block may round apart
-    tokens = block * _BLOCK + torch.searchsorted(inside, targets, right=True)                     # [B, 1]
-    tokens = tokens.clamp(max=probs.shape[-1] - 1)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
-
-
-_BLOCK = 128   # divides the vocabularies of most models
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Random numbers by counting: the finaliser of splitmix64 (Steele, Lea, Flood, 2014) over the key of a sequence and the
-# position in it. Any number can be had without the ones before it.
-
-_GOLDEN, _MIX_1, _MIX_2, _64_BITS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same 64 bits: tensors hold signed integers, and their products wrap as unsigned ones do."""
-    return (x & _64_BITS) - (1 << 64) * ((x >> 63) & 1)
-
-
-def _stream_key(*parts: int) -> int:
-    """One int64 from (seed, stream id, sample)."""
-    key = 0
-    for part in parts:
-        key = (key + int(part) + 1) * _GOLDEN & _64_BITS
-        key = (key ^ key >> 30) * _MIX_1 & _64_BITS
-        key = (key ^ key >> 27) * _MIX_2 & _64_BITS
-        key ^= key >> 31
-    return _signed(key)
-
-
-def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """keys and positions int64, of shapes that broadcast -> float64 in [0, 1), 32 random bits each."""
-    x = keys + (positions + 1) * _signed(_GOLDEN)
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(_MIX_1)    # the masks make the shifts of signed numbers logical
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(_MIX_2)
-    return ((x ^ (x >> 31 & (1 << 33) - 1)) >> 32 & 0xFFFFFFFF).double() / 2 ** 32

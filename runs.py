@@ -1,4 +1,4 @@
-"""Runs and evaluations on disk: folders, locks, checkpoints, signals, and the files of an evaluation."""
+"""Runs and evaluations on disk: folders, locks, checkpoints, signals, messages on exit."""
 
 import contextlib
 import fcntl
@@ -10,30 +10,70 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from distributed import barrier, is_main, on_main, world_size
-from options import FREE_IN_EVALUATION, EvaluationOptions, TrainingOptions, _require, embedded
+from distributed import barrier, is_main, on_main, rank, world_size
+from options import (EvaluationOptions, TrainingOptions, embedded, require,
+                     settings_that_stay)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def numbered(first: Path) -> Iterator[Path]:
+    """first, then the same name with -2, -3, … before its suffix."""
+    yield first
+    for number in itertools.count(2):
+        yield first.with_name(f"{first.stem}-{number}{first.suffix}")
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Writes the file aside and renames it, so that it is always the whole old or new one."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def append_lines(file: Path, objects: list[dict]) -> None:
+    """Appends a line of JSON for each object, with null for numbers that are not finite."""
+    def finite(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with file.open("a") as stream:
+        for each in objects:
+            stream.write(json.dumps({name: finite(value) for name, value in each.items()}) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a run
 
 def choose_folder(options: TrainingOptions) -> tuple[Path, dict | None]:
-    """The run's folder, and its saved settings if it is to be resumed. Never one that holds a run, unless resuming."""
+    """The run's folder, and its saved settings if it is resumed.
+
+    A folder that holds a run is returned only to resume it. Raises ValueError for one that holds
+    something else.
+    """
     if options.output_dir:
         folder = Path(options.output_dir)
         taken = [folder] if (folder / "config.yaml").is_file() else []
         if taken and not options.resume:
-            raise ValueError(f"{folder} already holds a run: go on with it (--resume) or give another --output-dir")
+            raise ValueError(f"{folder} already holds a run: go on with it (--resume) or give "
+                             f"another --output-dir")
         if not taken and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files that are no run of this script; give another --output-dir")
+            raise ValueError(f"{folder} holds files that are no run of this script; give another "
+                             f"--output-dir")
     else:
-        base, taken = Path("runs") / f"{options.method}-seed{options.seed}", []
-        for number in itertools.count(1):
-            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        taken = []
+        for folder in numbered(Path("runs") / f"{options.method}-seed{options.seed}"):
             if not folder.exists():
                 break
             taken += [folder] if (folder / "config.yaml").is_file() else []
@@ -44,8 +84,19 @@ def choose_folder(options: TrainingOptions) -> tuple[Path, dict | None]:
     return folder, None
 
 
+def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
+    """Raises ValueError for an option that a resumed run cannot change and that differs."""
+    for name, value in settings_that_stay(options).items():
+        require(name not in saved or saved[name] == value,
+                f"{folder} was run with {name}: {saved.get(name)}, not {value}; leave the option "
+                f"out, or start another run")
+
+
 def lock_folder(folder: Path) -> int | None:
-    """Hold the run's folder until this process ends, however it ends. Raises ValueError if another one holds it."""
+    """Holds the run's folder until this process ends, however it ends; returns the lock.
+
+    Raises ValueError if another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -53,56 +104,137 @@ def lock_folder(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(lock)
         raise ValueError(f"{folder} is in use: another process is training there now") from None
-    except OSError:   # not every network file system can
+    except OSError:   # some network file systems cannot lock
         os.close(lock)
         return None
     return lock
 
 
-def write_settings(run) -> None:
-    """config.yaml, and the metrics and samples of the steps made so far, without those after the checkpoint."""
-    settings = {name: value for name, value in asdict(run.options).items() if name not in ("resume", "output_dir")}
-    replace_file(run.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
+    """Writes config.yaml and drops the metrics and samples of steps after the first `steps`.
+
+    A resumed run makes those steps again.
+    """
+    settings = {name: value for name, value in asdict(options).items()
+                if name not in ("resume", "output_dir")}
+    replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     for name in ("metrics.jsonl", "samples.jsonl"):
-        file = run.folder / name
+        file = folder / name
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        # A kill may have cut the last line short; it is of a step after the checkpoint, as the others dropped here.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.start]
+        # A last line that a kill has cut short belongs to a step after the checkpoint.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
         replace_file(file, "".join(kept))
 
 
-def append(file: Path, objects: list[dict]) -> None:
-    """A line of JSON for each, null for what is not finite."""
-    objects = [{name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in each.items()} for each in objects]
-    with file.open("a") as stream:
-        stream.write("".join(json.dumps(each) + "\n" for each in objects))
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: folders checkpoints/step-N, which are whole or not there
+
+def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> None:
+    """Writes checkpoints/step-N and deletes all but the newest `keep`. Every process calls it."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    final = folder / "checkpoints" / f"step-{step}"
+    aside = final.with_name(f".{final.name}.partial")
+    if is_main():
+        for leftover in (aside, final):   # a run that was killed while it wrote leaves them
+            shutil.rmtree(leftover, ignore_errors=True)
+    barrier()
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+    except BaseException:   # mostly a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if is_main():
+        aside.rename(final)
+        for old in find_checkpoints(folder)[:-keep]:
+            gone = old.with_name(f".{old.name}.partial")   # a half-deleted one must not look whole
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
+            shutil.rmtree(gone)
+    barrier()
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Whatever happens meanwhile, the file is the old one or the new one."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
-    aside.replace(file)
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> int:
+    """Loads the newest checkpoint, written by any number of processes; returns its step, or 0.
+
+    Raises ValueError for a finished run without a checkpoint.
+    """
+    newest = on_main(lambda: (find_checkpoints(folder) or [None])[-1])
+    if newest is None:
+        require(not (folder / "final").exists(),
+                f"{folder} is a finished run without a checkpoint to go on from")
+        return 0
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=model_state,
+                   optim_state_dict=optimizer_state)
+    optimizer.put_all_away()
+    return step_of(newest)
+
+
+def find_model(path: str) -> tuple[Path | str, Path | None]:
+    """(model folder or hub name, checkpoint to load over it or None) of what eval.py is given.
+
+    A run of train.py is its final/, or without that its newest checkpoint. Raises ValueError for a
+    run without either, and for a checkpoint that is in no run.
+    """
+    folder = Path(embedded(path, "model"))
+    if (folder / "final").is_dir():
+        return folder / "final", None
+    if (folder / "config.yaml").is_file():
+        checkpoints = find_checkpoints(folder)
+        if not checkpoints:
+            raise ValueError(f"{folder} is a run that has written neither final/ nor a checkpoint "
+                             f"yet")
+        folder = checkpoints[-1]
+        if is_main():
+            print(f"{path} is not finished: this is {folder.name}")
+    if not (folder / ".metadata").is_file():
+        return folder if path == "tiny" else path, None
+    config = folder.parent.parent / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{folder} is a checkpoint, but there is no {config} that says of which "
+                         f"model")
+    return embedded(yaml.safe_load(config.read_text())["model"], "model"), folder
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals and messages
+
+class Stop:
+    """The signal that asks a run to stop after this step, if one has come."""
+    received: signal.Signals | None = None
 
 
 @contextlib.contextmanager
-def stop_on_signal(run):
-    """SIGTERM and SIGINT let the step finish; a second SIGINT, not the same one forwarded by torchrun, does not."""
-    received = 0.0
+def stop_on_signal():
+    """Makes SIGTERM and SIGINT set the Stop that it yields, so that the step can finish.
+
+    A second SIGINT interrupts at once, except one within two seconds, which torchrun may forward.
+    """
+    stop, when = Stop(), 0.0
 
     def handler(number, frame):
-        nonlocal received
-        if run.stop is None:
-            run.stop, received = signal.Signals(number), time.monotonic()
+        nonlocal when
+        if stop.received is None:
+            stop.received, when = signal.Signals(number), time.monotonic()
             if is_main():
-                tqdm.write(f"{run.stop.name}: finishing this step, then a checkpoint", file=sys.stderr)
-        elif number == signal.SIGINT and time.monotonic() - received > 2:
+                tqdm.write(f"{stop.received.name}: finishing this step, then a checkpoint",
+                           file=sys.stderr)
+        elif number == signal.SIGINT and time.monotonic() - when > 2:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield stop
     finally:
         for number, old in before.items():
             signal.signal(number, old)
@@ -111,113 +243,183 @@ def stop_on_signal(run):
 class NotFinite(RuntimeError):
     """Several steps in a row had a loss or gradient that is not finite."""
 
+    def __init__(self, steps: int, folder: Path):
+        super().__init__(
+            f"the loss or gradient of {steps} steps in a row was not finite. The weights are those "
+            f"before them; the batches are in {folder}/skipped-step-*.jsonl. A smaller "
+            f"--learning-rate, or --dtype float32, may help; so may another model, if it was so "
+            f"from the first step")
 
-def how_to_go_on(run) -> str:
+
+def how_to_go_on(folder: Path) -> str:
     processes = f"--nproc-per-node {world_size()} " if world_size() > 1 else ""
-    return f"torchrun {processes}train.py --resume --output-dir {run.folder}"
+    return f"torchrun {processes}train.py --resume --output-dir {folder}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: folders checkpoints/step-N, complete or not there
+@contextlib.contextmanager
+def messages_on_exit(folder: Path, reward_error: type[Exception]):
+    """Turns the errors of a run in this folder into a message and an exit status.
 
-def save_checkpoint(run, step: int) -> None:
-    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
-    aside, final = (run.folder / "checkpoints" / name for name in (f".step-{step}.partial", f"step-{step}"))
-    if is_main():
-        for leftover in (aside, final):   # of a run that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
-    barrier()
+    Where other processes would wait for this one, it ends at once. reward_error: the error of the
+    user's own reward.
+    """
+    go_on = how_to_go_on(folder)
     try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
-    except BaseException:   # a full disk, above all
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if is_main():
-        aside.rename(final)
-        for old in find_checkpoints(run.folder)[:-run.options.keep_checkpoints]:
-            gone = old.with_name(f".{old.name}.partial")   # out of sight first: a half-deleted one must not look whole
-            shutil.rmtree(gone, ignore_errors=True)
-            old.rename(gone)
-            shutil.rmtree(gone)
-    barrier()
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; go on with: {go_on}" if is_main() else 130)
+    except NotFinite as error:
+        sys.exit(f"train.py: error: {error}" if is_main() else 1)
+    except reward_error as error:
+        print(f"train.py: error: {error}. When it is mended, go on with: {go_on}", file=sys.stderr)
+        os._exit(1)
+    except (OSError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):   # it quotes the traceback of every process
+            error = next(iter(error.failures.values()))[0]
+        free = shutil.disk_usage(folder).free / 1e9
+        print(f"train.py: error: {folder} could not be written ({str(error).splitlines()[0]}); "
+              f"{free:.3f} GB are free there. What is there is whole; when it can be written, go "
+              f"on with: {go_on}", file=sys.stderr)
+        os._exit(1)
+    except RuntimeError as error:
+        lost = any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection"))
+        if world_size() == 1 or not lost:
+            raise
+        print(f"train.py: error: process {rank()} has lost the others "
+              f"({str(error).splitlines()[0]}). The one that ended first says why; go on with: "
+              f"{go_on}", file=sys.stderr)
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The complete ones, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+class Phases:
+    """Says which phase of a step runs, and measures how long each takes."""
+
+    def __init__(self, say):
+        self.say, self.starts = say, {}
+
+    def start(self, name: str) -> None:
+        self.starts[name] = time.perf_counter()
+        self.say(name)
+
+    def seconds(self) -> list[float]:
+        """Of each phase, the last of which ends now."""
+        times = [*self.starts.values(), time.perf_counter()]
+        return [end - start for start, end in itertools.pairwise(times)]
 
 
-def load_checkpoint(run) -> int:
-    """Continue from the newest checkpoint, written by whatever number of processes; returns the steps it has made."""
-    newest = on_main(lambda: (find_checkpoints(run.folder) or [None])[-1])
-    if newest is None:
-        _require(not (run.folder / "final").exists(), f"{run.folder} is a finished run without a checkpoint to go on from")
-        return 0
-    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)
-    set_state_dict(run.model, run.optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    run.optimizer.put_all_away()
-    return int(newest.name.removeprefix("step-"))
+def follow_tokens(say: Callable[[int, str], None]) -> Callable[[int, int], None]:
+    """A `progress` of `generate` that calls say(sequences that have just ended, "N tokens/s")."""
+    tokens, started = 0, time.perf_counter()
+
+    def progress(ended: int, sampled: int) -> None:
+        nonlocal tokens
+        tokens += sampled
+        say(ended, f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    return progress
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The files of an evaluation
+def say_sampling(say: Callable[[str], None], total: int) -> Callable[[int, int], None]:
+    """A `progress` of `generate` that says, ten times a second, how many of `total` have ended."""
+    said, done = time.perf_counter(), 0
+
+    def report(ended: int, speed: str) -> None:
+        nonlocal said, done
+        done += ended
+        if time.perf_counter() - said > 0.1:
+            said = time.perf_counter()
+            say(f"sampling {done}/{total}, {speed}")
+    return follow_tokens(report)
+
+
+# --------------------------------------------------------------------------------------------------
+# The files of an evaluation: the samples, and the table in .json beside them. `cases` are the rows
+# of its table.
 
 def key_of(record: dict) -> tuple:
+    """The case that a record belongs to."""
     return record["data"], record["shots"], record["temperature"], record.get("again", False)
 
 
-def find_output(options: EvaluationOptions, cases: list) -> tuple[str, dict]:
-    """The file, and what open_output finds in it: --output, or the first of the default name with these settings or none."""
+def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
+    """The file of the samples, and what open_output finds in it.
+
+    It is --output, or the first of the default names that is new or holds this evaluation.
+    """
     if options.output:
-        return options.output, open_output(options.output, options, cases)
-    for number in itertools.count(1):
-        output = "eval.jsonl" if number == 1 else f"eval-{number}.jsonl"
+        return Path(options.output), open_output(Path(options.output), options, cases)
+    for output in numbered(Path("eval.jsonl")):
         with contextlib.suppress(ValueError):
             return output, open_output(output, options, cases)
+    raise AssertionError("the names are endless")
 
 
-def open_output(output: str, options: EvaluationOptions, cases: list) -> dict[tuple[str, int], list[dict]]:
-    """Records of whole problems that an earlier call with these settings has written; what it left half is dropped.
-    Raises ValueError where the file holds another evaluation."""
-    output, about = Path(output), Path(output).with_suffix(".json")
+def open_output(output: Path, options: EvaluationOptions,
+                cases: list) -> dict[tuple, list[dict]]:
+    """The records of whole problems that an earlier call with these settings has written, by case.
+
+    Problems that it left half are dropped from the file. Raises ValueError where the file holds
+    another evaluation.
+    """
+    about = output.with_suffix(".json")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {output.absolute().parent} for --output")
-    paths = [Path(embedded(options.model, "model")), Path(embedded(options.demonstrations, "demonstrations.jsonl")),
-             *(Path(embedded(case.data, "test.jsonl")) for case in cases),
-             *([Path(options.reward.rpartition(":")[0])] if options.reward else [])]
-    settings = {name: value for name, value in vars(options).items() if name not in FREE_IN_EVALUATION} | {
-        "changed": {str(path): when_written(path) for path in paths if path.exists()}}
+    settings = settings_that_stay(options) | {"changed": _when_read_files_changed(options, cases)}
     lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
     if lines and not about.is_file():
-        raise ValueError(f"{output} is there, but no {about} that says of what evaluation it is: give another --output")
+        raise ValueError(f"{output} is there, but no {about} that says of what evaluation it is: "
+                         f"give another --output")
     old = json.loads(about.read_text()).get("settings") if about.is_file() else {}
     if old is None:
         raise ValueError(f"{about}, the table's file, holds something else: give another --output")
-    found = {}
+    found: dict[tuple, list[dict]] = {}
     for line in lines:
         if line.endswith("\n"):   # a kill may have cut the last one short
             record = json.loads(line)
             found.setdefault(key_of(record), []).append(record)
-    found = {key: records[:len(records) // options.samples * options.samples] for key, records in found.items()}
-    if old and output.is_file():   # empty, too: another evaluation may have just begun
-        was = old.get("changed", {})
-        differing = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
-                     if name != "changed" and old.get(name) != value]
-        differing += [f"{path} has changed" for path, at in settings["changed"].items() if was.get(path, at) != at]
-        differing += [f"other problems of {case.data}" for case in cases if any(
-            record["id"] != problem.id for record, problem in
-            zip(found.get(case.key, [])[::options.samples], case.problems))]
+    found = {key: records[:len(records) // options.samples * options.samples]
+             for key, records in found.items()}
+    if old and output.is_file():   # also where it is empty: another evaluation may have just begun
+        differing = _differences(old, settings, options, cases, found)
         if differing:
-            raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give another --output, or delete it")
-        settings["changed"] = was | settings["changed"]
-    replace_file(output, "".join(json.dumps(record) + "\n" for records in found.values() for record in records))
+            raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give "
+                             f"another --output, or delete it")
+        settings["changed"] = old.get("changed", {}) | settings["changed"]
+    replace_file(output, "".join(json.dumps(record) + "\n"
+                                 for records in found.values() for record in records))
     replace_file(about, json.dumps({"settings": settings, "rows": []}, indent=1) + "\n")
     return found
 
 
-def when_written(path: Path) -> int:
-    """Of a file, or of what is loaded from a model folder, run or checkpoint, not of what an evaluation writes there."""
-    loaded = [file for pattern in ("*.safetensors", "tokenizer*", "config.*", ".metadata", "final/*", "checkpoints/*/.metadata")
-              for file in path.glob(pattern)] if path.is_dir() else []
-    return max(file.stat().st_mtime_ns for file in loaded or [path])
+def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:
+    was = old.get("changed", {})
+    lines = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
+             if name != "changed" and old.get(name) != value]
+    lines += [f"{path} has changed" for path, at in settings["changed"].items()
+              if was.get(path, at) != at]
+    for case in cases:
+        records = found.get(case.key, [])[::options.samples]
+        pairs = zip(records, case.problems, strict=False)
+        if any(record["id"] != problem.id for record, problem in pairs):
+            lines.append(f"other problems of {case.data}")
+    return lines
+
+
+def _when_read_files_changed(options: EvaluationOptions, cases: list) -> dict[str, int]:
+    """When the files that the evaluation reads were last written."""
+    paths = [Path(embedded(options.model, "model")),
+             Path(embedded(options.demonstrations, "demonstrations.jsonl")),
+             *(Path(embedded(case.data, "test.jsonl")) for case in cases)]
+    if options.reward:
+        paths.append(Path(options.reward.rpartition(":")[0]))
+    # Of a model folder, run or checkpoint only the files that are loaded count, not those that an
+    # evaluation writes there.
+    patterns = ("*.safetensors", "tokenizer*", "config.*", ".metadata", "final/*",
+                "checkpoints/*/.metadata")
+    times = {}
+    for path in paths:
+        if path.exists():
+            loaded = [file for pattern in patterns for file in path.glob(pattern)]
+            times[str(path)] = max(file.stat().st_mtime_ns for file in loaded or [path])
+    return times

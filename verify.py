@@ -1,7 +1,7 @@
 """Worker processes that ask Math-Verify whether two answers are equal, and can be killed.
 
-Math-Verify can hang or take all memory, so it runs in worker processes (this same file, run as a script) that are killed
-when a comparison passes its limits.
+Math-Verify can hang or take all memory. So it runs in worker processes, which run this file as a
+script and are killed when a comparison passes its limits.
 """
 
 import atexit
@@ -19,17 +19,24 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-MEMORY_LIMIT = 1 << 30       # bytes that a comparison may take
-START_SECONDS = 120          # for a worker to import sympy on a busy machine
+MEMORY_LIMIT = 1 << 30   # bytes that a comparison may take
+START_SECONDS = 120      # a worker may take so long to import sympy on a busy machine
 
 class _Worker:
-    """A process that compares, over a pair of pipes, a line each way; see _serve. It ends when its input closes."""
+    """A process that compares pairs: one line to its input, one line from its output; see _serve.
+
+    It ends when its input closes.
+    """
 
     def __init__(self):
-        # A session of its own: Ctrl-C reaches the trainer, which then closes the pipes, and not the worker.
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), str(MEMORY_LIMIT)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-                                        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        # In a session of its own Ctrl-C does not reach the worker, only the trainer, which then
+        # closes the pipes.
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), str(MEMORY_LIMIT)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        assert self.process.stdin and self.process.stdout
+        self.input, self.output = self.process.stdin, self.process.stdout.fileno()
         self.number = 0
         self._await_child()
 
@@ -40,20 +47,21 @@ class _Worker:
                 self.child = int(line[1])
                 return
         self.kill()
-        raise RuntimeError(f"a Math-Verify worker did not start; try: {sys.executable} {os.path.abspath(__file__)}")
+        raise RuntimeError(f"a Math-Verify worker did not start; try: {sys.executable} "
+                           f"{os.path.abspath(__file__)}")
 
     def compare(self, pair: tuple[str, str], timeout: float) -> bool | None:
         """Math-Verify's verdict; None where a limit was passed."""
-        if line := self._read_line(0.0):   # the child has died meanwhile, of nothing that it was asked
+        if line := self._read_line(0.0):   # the child has died since the last comparison
             self.child = int(line[1])
         self.number += 1
         deadline = time.monotonic() + timeout
-        self.process.stdin.write(json.dumps([self.number, *pair]).encode() + b"\n")
-        self.process.stdin.flush()
+        self.input.write(json.dumps([self.number, *pair]).encode() + b"\n")
+        self.input.flush()
         line = self._read_line(deadline)
         if line and line[0] == str(self.number):
             return line[1] == "True"
-        if line[:1] == ["ready"]:   # the one that was asked has died, and this is the next
+        if line[:1] == ["ready"]:   # the child that was asked has died; this is the next one
             self.child = int(line[1])
             return None
         if self.process.poll() is not None:
@@ -71,13 +79,12 @@ class _Worker:
 
     def _read_line(self, deadline: float) -> list[str]:
         """The words of the worker's next line; none if none comes in time or the worker is gone."""
-        line, output = b"", self.process.stdout.fileno()
-        waiting = select.poll()
-        waiting.register(output, select.POLLIN)
+        line, waiting = b"", select.poll()
+        waiting.register(self.output, select.POLLIN)
         while not line.endswith(b"\n"):
             if not waiting.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
                 return []
-            piece = os.read(output, 1)
+            piece = os.read(self.output, 1)
             if not piece:
                 return []
             line += piece
@@ -88,16 +95,22 @@ _workers: list[_Worker] = []
 _lock = threading.Lock()
 
 
-def compare(pairs: list[tuple[str, str]], timeout: float, count: int | None, counts: Counter) -> list[bool]:
-    """Math-Verify's verdict on each pair, by `count` workers. Calls from several threads take turns."""
+def compare(pairs: list[tuple[str, str]], timeout: float, workers: int | None,
+            counts: Counter) -> list[bool]:
+    """Math-Verify's verdict on each pair (given, answer); False where a limit was passed.
+
+    timeout: seconds for each. workers: processes, None for default_workers(). counts: its
+    "timeouts" goes up by the pairs that passed a limit. Calls from several threads take turns.
+    Raises ImportError if Math-Verify is not installed.
+    """
     with _lock:
-        return _compare(pairs, timeout, count, counts)
+        return _compare(pairs, timeout, workers, counts)
 
 
-def _compare(pairs, timeout, count, counts):
+def _compare(pairs, timeout, workers, counts):
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("comparing these answers needs Math-Verify: pip install math-verify")
-    count = min(count or default_workers(), len(pairs))
+    count = min(workers or default_workers(), len(pairs))
     idle = queue.SimpleQueue()
     for worker in _workers[:count] + [None] * (count - len(_workers)):
         idle.put(worker)
@@ -106,7 +119,7 @@ def _compare(pairs, timeout, count, counts):
     def compare(pair):
         worker = idle.get()
         try:
-            for _ in range(2):   # once more if the worker was gone before it was asked: no fault of the pair
+            for _ in range(2):   # again if the worker was gone before it was asked
                 if stopping.is_set():
                     return None
                 if worker is None:
@@ -125,7 +138,7 @@ def _compare(pairs, timeout, count, counts):
     threads = ThreadPoolExecutor(count)
     try:
         verdicts = list(threads.map(compare, pairs))
-    except BaseException:   # Ctrl-C, above all: nobody waits for what hangs
+    except BaseException:   # on Ctrl-C nobody waits for a comparison that hangs
         stopping.set()
         for worker in list(_workers):
             worker.kill()
@@ -137,7 +150,9 @@ def _compare(pairs, timeout, count, counts):
 
 
 def default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -147,7 +162,7 @@ def _stop_workers() -> None:
 
 
 def _forget_workers() -> None:
-    """In a forked process: the workers are its parent's."""
+    """A forked process calls this: the workers belong to its parent."""
     global _lock
     _workers.clear()
     _lock = threading.Lock()
@@ -158,10 +173,13 @@ os.register_at_fork(after_in_child=_forget_workers)
 
 
 def _serve(memory_limit: int) -> None:
-    """The worker process imports Math-Verify once and forks a child that compares; when the child dies, it forks another,
-    in a millisecond. When the trainer is gone, however it went, the child goes too, busy or not."""
+    """The worker process: it imports Math-Verify once and forks a child that compares.
+
+    When the child dies, the worker forks another in a millisecond. When the trainer is gone, the
+    worker kills the child, busy or not, and ends.
+    """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())   # what the libraries print must not pass for a reply
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())   # the libraries' prints are no replies
     import math_verify
     while True:
         here, there = os.pipe()
@@ -169,9 +187,9 @@ def _serve(memory_limit: int) -> None:
         if child == 0:
             _serve_pairs(math_verify, replies, memory_limit)
             os._exit(0)
-        os.close(there)   # now only the child holds it
+        os.close(there)   # now only the child holds it, and its death closes it
         waiting = select.poll()
-        waiting.register(here, 0)   # for its end alone, as of the other
+        waiting.register(here, 0)   # 0: wake up only when the other end closes
         waiting.register(sys.stdin.fileno(), 0)
         gone = {number for number, _ in waiting.poll()}
         os.kill(child, signal.SIGKILL)
@@ -191,15 +209,16 @@ def _serve_pairs(math_verify, replies, memory_limit: int) -> None:
     for line in sys.stdin.buffer:
         try:
             number, given, answer = json.loads(line)
-        except ValueError:   # the rest of a line of which a child that was killed had read a part
+        except ValueError:   # a child that was killed had read the beginning of this line
             continue
-        try:   # time limits off: they use signals, and the parent's limit is the one that holds
-            gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, given))
+        try:   # without time limits, which use signals; the parent's limit holds
+            gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+                            for text in (answer, given))
             verdict = bool(math_verify.verify(gold, target, timeout_seconds=None))
-        except Exception:   # whatever a response makes the parser do, it is not the right answer
+        except Exception:   # a response on which the parser fails is not the right answer
             verdict = False
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > memory_limit:
-            return   # with all that it holds; the next one starts afresh
+            return   # this frees the memory; the next child starts afresh
         replies.write(b"%d %s\n" % (number, str(verdict).encode()))
 
 

@@ -2,7 +2,7 @@
 
     python tests/golden.py before.json                  # record: every case below, on this machine
     python tests/golden.py after.json --against before.json
-    python tests/golden.py now.json --only luffy eval   # the cases whose names contain one of these words
+    python tests/golden.py now.json --only luffy eval   # cases whose names have one of these words
 
 Each case runs train.py or eval.py with fixed seeds on the CPU, one thread a process. Recorded are
 metrics.jsonl without the fields that depend on the clock, samples.jsonl, a hash of the final
@@ -42,7 +42,8 @@ def part(responses, problems):
 
 TRAINING = {   # name: (options, processes)
     **{method: (f"--method {method}", 1) for method in ("grpo", "luffy", "icpo", "icpo-rs")},
-    **{f"{method} on 2": (f"--method {method}", 2) for method in ("grpo", "luffy", "icpo", "icpo-rs")},
+    **{f"{method} on 2": (f"--method {method}", 2)
+       for method in ("grpo", "luffy", "icpo", "icpo-rs")},
     "mini-batches": ("--mini-batch-size 2", 1),
     "mini-batches on 2": ("--mini-batch-size 2 --micro-batch-tokens 600", 2),
     "append": ("--group append --n-on 3 --errs false", 1),
@@ -55,7 +56,8 @@ TRAINING = {   # name: (options, processes)
     "second pass": ("--old-logprobs recompute --top-p 0.9 --top-k 20 --mini-batch-size 2", 1),
     "own reward": ("--reward REWARD:part --delta 0.5", 1),
     "pairs of 4": ("--shard-size 2", 4),
-    "prompts": ("--num-demonstrations 2 --n-off 2 --demo-chat-template false --instruction Think.", 1),
+    "prompts": ("--num-demonstrations 2 --n-off 2 --demo-chat-template false "
+                "--instruction Think.", 1),
     "no chat template": ("--chat-template false --demo-chat-template false --demo-min-chars 20", 1),
     "sampling": ("--temperature 0.7 --slots 3 --eval-temperature 0 --eval-samples 2", 1),
     "optimiser": ("--weight-decay 0.5 --grad-clip 0.1 --seed 7", 1),
@@ -90,16 +92,17 @@ def serve(root: str, script: str, arguments: list[str], environment: dict, outpu
     runpy.run_path(f"{root}/{script}", run_name="__main__")
 
 
-def run(context, root: Path, folder: Path, script: str, arguments: list[str], processes: int = 1) -> str:
-    """What rank 0 prints. Raises RuntimeError where a process fails."""
+def run(context, root: Path, folder: Path, script: str, arguments: list[str],
+        processes: int = 1) -> str:
+    """Returns what rank 0 prints. Raises RuntimeError where a process fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     outputs, running = [], []
     for rank in range(processes):
-        environment = {} if processes == 1 else {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        environment = {} if processes == 1 else dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
         outputs.append(folder / f"output-{rank}.txt")
         outputs[-1].unlink(missing_ok=True)
         running.append(context.Process(target=serve, args=(
@@ -124,11 +127,11 @@ def record(context, root: Path, name: str) -> dict:
             options, processes = EVALUATION[name]
             said = run(context, root, folder, "eval.py",
                        [*options.split(), "--device", "cpu", "--output", "e.jsonl"], processes)
-            table = [line for line in said.splitlines() if not line.startswith("\r") and "it/s" not in line]
             about = json.loads((folder / "e.json").read_text())
             return {"samples": lines_of(folder / "e.jsonl"), "rows": about["rows"],
                     "comparison": about.get("comparison"),
-                    "table": [line for line in table if line.startswith(("tiny", "On tiny"))]}
+                    "table": [line for line in said.splitlines()
+                              if line.startswith(("tiny ", "On tiny"))]}
         (folder / "reward.py").write_text(REWARD)
         if name in RESUMED:
             for steps, more in (("2", []), ("4", ["--resume"])):
@@ -137,7 +140,8 @@ def record(context, root: Path, name: str) -> dict:
         else:
             options, processes = TRAINING[name]
             options = options.replace("REWARD", str(folder / "reward.py")).split()
-            run(context, root, folder, "train.py", [*BASE.split(), *options, "--output-dir", "run"], processes)
+            run(context, root, folder, "train.py",
+                [*BASE.split(), *options, "--output-dir", "run"], processes)
         weights = hashlib.sha256((folder / "run/final/model.safetensors").read_bytes()).hexdigest()
         return {"weights": weights, "samples": lines_of(folder / "run/samples.jsonl"),
                 "metrics": [{key: value for key, value in row.items() if key not in CLOCK}
@@ -150,7 +154,7 @@ def differences(before, after, where: str):
         for key in sorted(before.keys() | after.keys(), key=str):
             yield from differences(before.get(key), after.get(key), f"{where}, {key}")
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for number, pair in enumerate(zip(before, after)):
+        for number, pair in enumerate(zip(before, after, strict=True)):
             found = list(differences(*pair, f"{where}, {number}"))
             if found:
                 yield from found
@@ -164,8 +168,9 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON file to write")
     parser.add_argument("--against", type=Path, help="a recording to compare with")
-    parser.add_argument("--only", nargs="+", default=[], help="words of which a case's name has one")
-    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to run (default: this one)")
+    parser.add_argument("--only", nargs="+", default=[], help="run the cases whose names have one "
+                        "of these words")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to run (default: this)")
     options = parser.parse_args()
     names = [name for name in (*TRAINING, *RESUMED, *EVALUATION)
              if not options.only or any(word in name for word in options.only)]
@@ -176,14 +181,16 @@ def main() -> None:
                                     "matplotlib.pyplot", "rapidfuzz"])
     found = {}
     with ThreadPoolExecutor(2) as pool, contextlib.suppress(BrokenPipeError):
-        futures = {name: pool.submit(record, context, options.root.resolve(), name) for name in names}
+        futures = {name: pool.submit(record, context, options.root.resolve(), name)
+                   for name in names}
         for name, future in tqdm(futures.items(), unit="case"):
             found[name] = future.result()
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     if options.against:
         before = json.loads(options.against.read_text())
         missing = [name for name in names if name not in before]
-        lines = [line for name in names for line in differences(before.get(name), found[name], name)]
+        lines = [line for name in names
+                 for line in differences(before.get(name), found[name], name)]
         print(*lines, f"{len(names)} cases, {len(lines)} differences", sep="\n")
         sys.exit(1 if lines or missing else 0)
 

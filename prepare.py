@@ -1,0 +1,164 @@
+"""Prepares a training run: what may be wrong with options, data or model is found here, first."""
+
+import copy
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data import (Demonstrations, Problem, PromptBuilder, keep, keep_askable, load_problems,
+                  normalise)
+from distributed import (AdamW, gather_objects, init_distributed, is_main, on_main, shard,
+                         world_size, wrap_blocks)
+from machine import return_freed_memory
+from model_utils import Transformer, load_model
+from options import TrainingOptions, embedded, parse_training, require, resolve
+from reward import make_scorer
+from rollout import Sampler, choose_slots
+from runs import check_settings, choose_folder, load_checkpoint, lock_folder, write_settings
+
+
+@dataclass(eq=False)
+class Run:
+    """What the steps of a run need."""
+    options: TrainingOptions
+    folder: Path
+    device: torch.device
+    model: Transformer
+    reference: Transformer | None       # the initial model, for the KL term
+    optimizer: AdamW
+    builder: PromptBuilder
+    problems: list[Problem]
+    held_out: list[Problem]
+    demonstrations: Demonstrations | None
+    sampler: Sampler
+    scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
+    counts: Counter                     # its "timeouts" since the last step that was logged
+    start: int = 0                      # steps already made
+
+
+def prepare(arguments: list[str]) -> Run:
+    """The run of a command line, ready for its next step. Raises ValueError for users' mistakes."""
+    o = parse_training(arguments)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun restarts dead processes
+        o.resume = True
+    init_distributed(o.device)
+    folder, saved = on_main(lambda: choose_folder(o))
+    o = resolve(parse_training(arguments, saved) if saved else o, world_size())
+    device = init_distributed(o.device, needed=o.dtype != "float32" or o.offload_reference)
+    for name, on in (("--offload-reference true", o.offload_reference),
+                     ("--optimizer-state cpu", o.optimizer_state == "cpu")):
+        require(not on or device.type == "cuda",
+                f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
+    check_settings(folder, saved or {}, o)
+    o.output_dir = str(folder)
+    return_freed_memory(device)
+
+    counts = Counter()
+    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, counts)
+    needs = ("expert_response",) if o.off_policy == "dataset" else ()
+    problems = load_problems(embedded(o.train_data, "train.jsonl"), needs)
+    held_out = load_problems(embedded(o.test_data, "test.jsonl"))
+    model, tokenizer = load_model(embedded(o.model, "model"), device)
+    _check_model(o, model, tokenizer)
+    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
+    problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
+
+    dtype: torch.dtype = getattr(torch, o.dtype)
+    model.train()
+    reference = copy.deepcopy(model).requires_grad_(False) if o.kl_coef else None
+    if dist.is_initialized():
+        shard(model, dtype, o.shard_size)
+        if reference is not None:
+            shard(reference, dtype, o.shard_size, o.offload_reference)
+    wrap_blocks(model, o.recompute_activations, o.compile_blocks)
+    optimizer = AdamW(model.parameters(), o.optimizer_state, lr=o.learning_rate,
+                      weight_decay=o.weight_decay)
+    sampler = make_sampler(o, model, len(held_out), dtype)
+    run = Run(o, folder, device, model, reference, optimizer, builder, problems, held_out,
+              demonstrations, sampler, scorer, counts)
+    lock = on_main(lambda: lock_folder(folder))
+    if lock is not None and is_main():
+        weakref.finalize(run, os.close, lock)
+    if saved is not None:
+        run.start = load_checkpoint(folder, model, optimizer)
+        require(run.start <= o.steps,
+                f"{folder} has made {run.start} steps already, more than --steps {o.steps}")
+    on_main(lambda: write_settings(folder, o, run.start))
+    return run
+
+
+def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None:
+    require(model.stop_ids,
+            f"{o.model} names no end-of-text token (eos_token in its tokenizer, or eos_token_id in "
+            f"its generation_config.json), so no response would ever end")
+    require(o.off_policy != "dataset" or tokenizer.eos_token_id is not None,
+            f"the tokenizer of {o.model} has no eos_token, with which the data's expert responses "
+            f"would end")
+    require(o.max_prompt_length <= model.config.max_position - o.max_new_tokens,
+            f"--max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens} "
+            f"pass the model's {model.config.max_position} positions")
+
+
+def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
+                 dtype: torch.dtype) -> Sampler:
+    """Slots for the larger of a rollout and an evaluation.
+
+    It resolves --slots 0, in place, to a number that is the same on every process.
+    """
+    length = o.max_prompt_length + o.max_new_tokens
+    sequences = max(o.batch_size * (o.n_on + o.n_off),
+                    held_out * o.eval_samples if o.eval_every else 0)
+    found = choose_slots(model.config, -(-sequences // world_size()), length, model.device, dtype)
+    o.slots = o.slots or min(gather_objects(found))
+    sampler = error = None
+    try:
+        sampler = Sampler(model.config, o.slots, length, model.device, dtype, o.compile)
+    except ValueError as caught:   # memory may be short on one process alone; then all of them end
+        error = caught
+    for each in filter(None, gather_objects(error)):
+        raise each
+    assert sampler is not None
+    return sampler
+
+
+def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Problem],
+                held_out: list[Problem]):
+    """Leaves out what cannot be used, and prints how much and why.
+
+    Returns (problems, held-out problems, demonstrations or None). Raises ValueError if too few are
+    left.
+    """
+    left_out: list[str] = []
+    held_out = keep_askable(held_out, "held-out problems", builder, o.max_prompt_length, left_out)
+    problems = keep_askable(problems, "training problems", builder, o.max_prompt_length, left_out)
+    questions = {normalise(p.problem) for p in held_out}
+    problems = keep(problems, "training problems", "that are held-out ones too",
+                    lambda p: normalise(p.problem) not in questions, left_out)
+    held_out = held_out[:o.eval_problems or None]
+    demonstrations = None
+    if o.off_policy == "dataset":
+        problems = keep(problems, "training problems",
+                        f"with an expert response over {o.max_new_tokens} tokens",
+                        lambda p: len(builder.expert_response(p)) <= o.max_new_tokens, left_out)
+    elif o.off_policy == "demonstrations":
+        pool = load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",))
+        demonstrations = Demonstrations(pool, builder, o.num_demonstrations, o.max_prompt_length,
+                                        o.demo_min_chars)
+        problems = keep_askable(problems, "training problems", builder, o.max_prompt_length,
+                                left_out, demonstrations)
+        left_out += [f"left out: {count} demonstrations {reason}"
+                     for reason, count in demonstrations.excluded.items() if count]
+    require(len(problems) >= o.batch_size,
+            f"{len(problems)} training problems are fewer than --batch-size {o.batch_size}")
+    if is_main():
+        count = f", {len(demonstrations.pool)} demonstrations" if demonstrations else ""
+        print(f"{len(problems)} training problems, {len(held_out)} held-out problems{count}",
+              *left_out, sep="\n")
+    return problems, held_out, demonstrations

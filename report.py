@@ -1,0 +1,101 @@
+"""What a run reports of its steps: the rows of metrics.jsonl and samples.jsonl, and its end."""
+
+from dataclasses import asdict
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from curves import draw
+from distributed import Totals, gather_lists, is_main
+from runs import append_lines
+
+if TYPE_CHECKING:
+    from prepare import Run
+    from train import Batch
+
+
+def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: float | None,
+            seconds: list[float]) -> dict[str, Any]:
+    """The row of metrics.jsonl, over all processes. A mean over nothing is None.
+
+    updates: what `update` returned for each mini-batch. gap: the largest difference of recomputed
+    log-probabilities, if there are any. seconds: of rollout, reward and update.
+    """
+    totals = Totals()
+    groups, varied = batch.group.unique(), batch.group[batch.advantages != 0].unique()
+    totals.add(groups=len(groups), all_equal=len(groups) - len(varied),
+               accepted=(batch.off_policy & batch.accepted).sum().item(),
+               verify_timeouts=run.counts.pop("timeouts", 0))
+    for name, value in asdict(run.sampler.work).items():
+        (totals.maximum if name.endswith("seconds") else totals.add)(**{name: value})
+    for side, off_policy in (("on", False), ("off", True)):
+        rows = [(r, reward) for r, reward, *_ in batch.rows() if r.off_policy == off_policy]
+        totals.add(**{f"count_{side}": len(rows), f"reward_{side}": sum(each for _, each in rows),
+                      f"tokens_{side}": sum(len(r.tokens) for r, _ in rows),
+                      f"cut_{side}": sum(not r.finished for r, _ in rows)})
+    s = totals.over_processes()
+    mean = {name: fmean(u[name] for u in updates) for name in updates[0]}
+
+    def per(total: float, count: float) -> float | None:
+        return total / count if count else None
+
+    return {
+        "step": step + 1,
+        "reward_on": per(s["reward_on"], s["count_on"]),
+        "reward_off": per(s["reward_off"], s["count_off"]),
+        "errs_accept_rate": per(s["accepted"], s["count_off"]), "bonus": batch.bonus,
+        "entropy": per(mean["entropy"], mean["on_policy"]),
+        **{name: mean[name] for name in ("clip_fraction", "clip_fraction_off", "off_policy_share")},
+        "ratio_max": max(u["ratio_max"] for u in updates),
+        "logprob_gap": updates[0]["logprob_gap"] if gap is None else gap,   # θ was still θ_old
+        **{name: mean[name] for name in ("kl", "policy_loss", "grad_norm")},
+        "groups_all_equal": s["all_equal"] / s["groups"],
+        "response_length": per(s["tokens_on"], s["count_on"]),
+        "response_length_off": per(s["tokens_off"], s["count_off"]),
+        "truncated": per(s["cut_on"], s["count_on"]),
+        "truncated_off": per(s["cut_off"], s["count_off"]),
+        "tokens_per_second": (s["tokens_on"] + s["tokens_off"]) / sum(seconds),
+        "step_seconds": sum(seconds),
+        **dict(zip(("rollout_seconds", "reward_seconds", "update_seconds"), seconds, strict=True)),
+        "prefill_seconds": s["prefill_seconds"], "decode_seconds": s["decode_seconds"],
+        "slot_occupancy": per(s["sequence_steps"], s["slot_steps"]),
+        "wasted_positions": s["wasted_positions"] / s["positions"],
+        "padding_share": mean["padding"] / mean["cells"],
+        "verify_timeouts": s["verify_timeouts"],
+        "skipped_updates": sum(u["skipped"] for u in updates),
+        "shared_share": mean["shared"] / (mean["cells"] - mean["padding"]),
+    }
+
+
+def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
+    """Appends to metrics.jsonl and samples.jsonl; writes the whole batch of a skipped step."""
+    step = metrics["step"]
+    samples = gather_lists([
+        {"step": step, "problem": r.question.problem.problem, "off_policy": r.off_policy,
+         "response": r.text, "reward": reward, "accepted": accepted, "in_group": keep,
+         "advantage": advantage} for r, reward, accepted, keep, advantage in batch.rows()
+        if r.question.index < run.options.log_questions])
+    skipped = gather_lists([
+        vars(r) | {"question": r.question.index, "prompt": r.question.prompt, "reward": reward,
+                   "accepted": accepted, "keep": keep, "advantage": advantage}
+        for r, reward, accepted, keep, advantage in batch.rows() if metrics["skipped_updates"]])
+    if is_main():
+        append_lines(run.folder / "metrics.jsonl", [metrics])
+        append_lines(run.folder / "samples.jsonl", samples)
+        if skipped:
+            file = run.folder / f"skipped-step-{step}.jsonl"
+            file.unlink(missing_ok=True)   # a run that was resumed may have left one
+            append_lines(file, skipped)
+
+
+def say_results(run: "Run", accuracies: list[float]) -> None:
+    """Draws the curves and says where everything is."""
+    if not is_main():
+        return
+    draw([run.folder], run.folder / "curves.png")
+    for what, name in (("trained model", "final"), ("metrics", "metrics.jsonl"),
+                       ("curves", "curves.png")):
+        print(f"{what + ':':<15}{run.folder / name}")
+    if accuracies:
+        print(f"held-out accuracy went from {accuracies[0]:.1%} to {accuracies[-1]:.1%} "
+              f"({len(run.held_out)} problems, 0 shots, temperature "
+              f"{run.options.eval_temperature})")

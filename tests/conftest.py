@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# One thread here and in every process that a test starts, set before torch is imported: sums then round alike in all of
-# them, and models this small are no faster with more.
+# This stands before the import of torch. With one thread here and in every process that a test
+# starts, sums round alike in all of them; models this small gain nothing from more threads.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would ignore it, too.
+# A shell that starts the tests in the background makes them and their child processes ignore
+# Ctrl-C; this undoes it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

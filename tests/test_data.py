@@ -17,24 +17,28 @@ def tokenizer():
 
 
 def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                            for line in lines))
     return path
 
 
 GOOD = {"problem": "1+1", "answer": "2", "solution": "1 2 \\boxed{2}"}
 
 
-def test_load(tmp_path):
-    path = write(tmp_path / "d.jsonl", GOOD, "", GOOD | {"id": "x", "answer": 2, "expert_response": "e"})
+def test_load_problems_skips_blank_lines_and_fills_in_ids(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD, "",
+                 GOOD | {"id": "x", "answer": 2, "expert_response": "e"})
     assert load_problems(path, needs=("solution",)) == [
-        Problem("1+1", "2", GOOD["solution"], None, "d-1"), Problem("1+1", "2", GOOD["solution"], "e", "x")]
+        Problem("1+1", "2", GOOD["solution"], None, "d-1"),
+        Problem("1+1", "2", GOOD["solution"], "e", "x")]
 
 
 @pytest.mark.parametrize("line, message", [
     ('{"problem": "1+1", ', "not valid JSON"), ("[1, 2]", "a JSON object was expected, not list"),
     ({"answer": "2"}, "field 'problem'"), ({"problem": "1+1"}, "field 'answer'"),
-    (GOOD | {"answer": True}, "field 'answer'.*not True"), (GOOD | {"problem": " "}, "field 'problem'"),
-    (GOOD | {"solution": ["1"]}, "field 'solution'"), ({"problem": "1+1", "answer": "2"}, "field 'solution'"),
+    (GOOD | {"answer": True}, "field 'answer'.*not True"),
+    (GOOD | {"problem": " "}, "field 'problem'"), (GOOD | {"solution": ["1"]}, "field 'solution'"),
+    ({"problem": "1+1", "answer": "2"}, "field 'solution'"),
 ])
 def test_a_broken_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "d.jsonl", GOOD, line, GOOD)
@@ -48,14 +52,14 @@ def test_bytes_that_are_not_utf8_are_a_broken_line(tmp_path):
         load_problems(tmp_path / "d.jsonl")
 
 
-def test_no_file_and_no_problems(tmp_path):
+def test_a_missing_or_empty_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no data file at .*none.jsonl"):
         load_problems(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="holds no problems"):
         load_problems(write(tmp_path / "empty.jsonl", ""))
 
 
-def test_prompts_word_for_word(tokenizer):
+def test_prompts_have_exactly_this_text(tokenizer):
     builder = PromptBuilder(tokenizer)
     question, demonstration = Problem("3+4", "7"), Problem("1+1", "2", "1 2 \\boxed{2}")
     assert tokenizer.decode(builder.plain(question)) == f"<|user|>3+4 {INSTRUCTION}<|assistant|>"
@@ -69,12 +73,13 @@ def test_prompts_word_for_word(tokenizer):
         "Question: 1+1\nAnswer: 1 2 \\boxed{2}\n\n\nQuestion: 3+4\nAnswer:")
 
 
-def test_a_tokenizer_without_chat_template_is_an_error_that_says_what_to_give(tokenizer):
+def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):
     bare = make_tokenizer()
     bare.chat_template = None
     with pytest.raises(ValueError, match="--chat-template false"):
         PromptBuilder(bare)
-    assert PromptBuilder(bare, chat_template=False, demo_chat_template=False).plain(Problem("1", "1"))
+    assert PromptBuilder(bare, chat_template=False, demo_chat_template=False).plain(
+        Problem("1", "1"))
 
 
 def demonstrations(tokenizer, pool, k=1, limit=1000, min_chars=0):
@@ -82,7 +87,8 @@ def demonstrations(tokenizer, pool, k=1, limit=1000, min_chars=0):
 
 
 def test_links_and_short_solutions_are_left_out_and_counted(tokenizer):
-    pool = [Problem("1+1", "2", "see http://x.y"), Problem("1+1", "2", "2"), Problem("1+2", "3", "1 3 \\boxed{3}")]
+    pool = [Problem("1+1", "2", "see http://x.y"), Problem("1+1", "2", "2"),
+            Problem("1+2", "3", "1 3 \\boxed{3}")]
     drawn_from = demonstrations(tokenizer, pool, min_chars=5)
     assert drawn_from.pool == pool[2:]
     assert drawn_from.excluded == {"with a link": 1, "shorter than 5 characters": 1}
@@ -92,15 +98,18 @@ def test_links_and_short_solutions_are_left_out_and_counted(tokenizer):
 
 def test_a_demonstration_that_contains_the_question_is_never_drawn_for_it(tokenizer):
     question = Problem("What is 3 + 4?", "7")
-    pool = [Problem("what is 3+4?", "7", "7"),                            # the question, written another way
-            Problem("Easy.", "7", "As for 'What is 3 + 4?', it is 7."),   # in the solution
+    # The first problem is the question in another notation; the second quotes it in its solution.
+    pool = [Problem("what is 3+4?", "7", "7"),
+            Problem("Easy.", "7", "As for 'What is 3 + 4?', it is 7."),
             Problem("What is 3 + 5?", "8", "8"), Problem("What is 2 + 2?", "4", "4")]
     drawn_from = demonstrations(tokenizer, pool, k=2)
     assert drawn_from.admit([question]) == [question]
     assert drawn_from.excluded["that contain the question (never drawn for it)"] == 2
     draws = [drawn_from.draw(question, random.Random(seed))[0] for seed in range(20)]
-    assert all(sorted(d.problem for d in draw) == ["What is 2 + 2?", "What is 3 + 5?"] for draw in draws)
-    assert demonstrations(tokenizer, pool[:3], k=2).admit([question, Problem("2+2", "4")]) == [Problem("2+2", "4")] 
+    assert all(sorted(d.problem for d in draw) == ["What is 2 + 2?", "What is 3 + 5?"]
+               for draw in draws)
+    admitted = demonstrations(tokenizer, pool[:3], k=2).admit([question, Problem("2+2", "4")])
+    assert admitted == [Problem("2+2", "4")]
 
 
 def test_draws_fit_the_limit_or_the_question_is_not_admitted(tokenizer):
@@ -120,5 +129,6 @@ def test_draws_fit_the_limit_or_the_question_is_not_admitted(tokenizer):
 def test_draws_depend_on_the_random_number_generator_alone(tokenizer):
     pool = [Problem(f"{i}+1", str(i + 1), "0") for i in range(50)]
     one, other = (demonstrations(tokenizer, pool, k=2) for _ in range(2))
-    draws = [[each.draw(Problem("9+9", "18"), random.Random(seed))[0] for seed in range(10)] for each in (one, other)]
+    draws = [[each.draw(Problem("9+9", "18"), random.Random(seed))[0] for seed in range(10)]
+             for each in (one, other)]
     assert draws[0] == draws[1] and len({d[0].problem for d in draws[0]}) > 5

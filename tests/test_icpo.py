@@ -1,4 +1,5 @@
-"""The equations, against numbers worked by hand, finite differences in float64, and other splits of the same batch."""
+"""These tests compare the equations with numbers worked by hand, with finite differences in float64
+and with other splits of the same batch."""
 
 import math
 import subprocess
@@ -17,7 +18,7 @@ F64 = torch.float64
 
 
 def random_batch(B=6, T=5, seed=0, spread=0.5, advantages=None):
-    """A float64 batch with ragged masks, half of its rows off-policy."""
+    """Returns a float64 batch with masks of various lengths; every other row is off-policy."""
     g = torch.Generator().manual_seed(seed)
     logprobs = -torch.rand(B, T, generator=g, dtype=F64) * 3
     old = logprobs + spread * torch.randn(B, T, generator=g, dtype=F64)
@@ -27,7 +28,7 @@ def random_batch(B=6, T=5, seed=0, spread=0.5, advantages=None):
     return logprobs.requires_grad_(), old, advantages, mask, off_policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # (IEF), (ERRS), (RS), the mixed group
 
 def test_ief_scores_the_demo_prompt_without_gradient():
@@ -38,16 +39,16 @@ def test_ief_scores_the_demo_prompt_without_gradient():
 
 @pytest.mark.parametrize("strict, delta, expected", [
     (False, 1.0, [True, True, True, False]),
-    (True, 1.0, [True, True, False, False]),     # the printed form: no reward of 0 or 1 passes δ = 1
+    (True, 1.0, [True, True, False, False]),     # R > δ accepts no reward of 0 or 1 with δ = 1
     (True, 0.5, [True, True, True, False]),
     (False, 0.0, [True, True, True, True]),
 ])
-def test_errs(strict, delta, expected):
+def test_errs_accepts_rewards_that_reach_delta(strict, delta, expected):
     rewards, off_policy = tensor([0.0, 1.0, 1.0, 0.0]), tensor([False, False, True, True])
     assert expert_region(rewards, off_policy, delta, strict).tolist() == expected
 
 
-def test_bonus_by_hand():
+def test_the_bonus_matches_hand_calculation():
     assert [annealed_bonus(t, 4) for t in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert annealed_bonus(1, 4, alpha=2.0) == 1.5
     assert annealed_bonus(2, 4, decay="cosine") == pytest.approx(0.5)
@@ -58,19 +59,19 @@ def test_bonus_by_hand():
 
 
 @pytest.mark.parametrize("arguments", [(0, 0), (-1, 5), (1, 5, 1.0, "quadratic")])
-def test_bonus_refuses(arguments):
+def test_the_bonus_refuses_wrong_arguments(arguments):
     with pytest.raises(ValueError):
         annealed_bonus(*arguments)
 
 
-def test_shaped_rewards_go_to_accepted_off_policy_rows_only():
+def test_the_bonus_goes_to_accepted_off_policy_rows_only():
     shaped = shaped_rewards(tensor([1.0, 0.0, 1.0, 0.0]), tensor([False, False, True, True]),
                             tensor([True, True, True, False]), 0.25)
     assert shaped.tolist() == [1.0, 0.0, 1.25, 0.0]
 
 
-def test_mix_groups():
-    #                    group 7: two accepted      group 3: none accepted
+def test_accepted_rows_replace_or_join_on_policy_rows():
+    # Two off-policy rows of group 7 are accepted, and none of group 3.
     group = tensor([7, 7, 7, 3, 3, 7, 3, 7])
     off_policy = tensor([False, False, False, False, False, True, True, True])
     accepted = tensor([True, True, True, True, True, True, False, True])
@@ -86,52 +87,59 @@ def test_mix_groups():
 def test_replacement_is_uniform():
     off_policy, group = tensor([False, False, False, True]), torch.zeros(4, dtype=torch.long)
     g = torch.Generator().manual_seed(0)
-    left = [mix_groups(off_policy, group, torch.ones(4), torch.rand(4, generator=g))[:3].logical_not().nonzero().item()
+    kept = [mix_groups(off_policy, group, torch.ones(4), torch.rand(4, generator=g))[:3]
             for _ in range(3000)]
-    assert all(abs(left.count(i) - 1000) < 4 * math.sqrt(3000 * 2 / 9) for i in range(3))   # four standard deviations
+    left = [rows.logical_not().nonzero().item() for rows in kept]
+    # The bound is four standard deviations.
+    assert all(abs(left.count(i) - 1000) < 4 * math.sqrt(3000 * 2 / 9) for i in range(3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # (ADV)
 
-def test_advantages_by_hand():
-    # Group 0 has rewards 1, 0, 0, mean 1/3, unbiased variance 1/3; group 5 has 2 and 1, mean 3/2, variance 1/2.
+def test_advantages_match_hand_calculation():
+    # Group 0 has rewards 1, 0, 0, mean 1/3 and unbiased variance 1/3; group 5 has rewards 2 and 1,
+    # mean 3/2 and variance 1/2.
     rewards, group = tensor([1.0, 2.0, 0.0, 1.0, 0.0], dtype=F64), tensor([0, 5, 0, 5, 0])
-    expected = tensor([2 / 3 / math.sqrt(1 / 3), math.sqrt(0.5), -1 / 3 / math.sqrt(1 / 3), -math.sqrt(0.5),
-                       -1 / 3 / math.sqrt(1 / 3)], dtype=F64)
+    expected = tensor([2 / 3 / math.sqrt(1 / 3), math.sqrt(0.5), -1 / 3 / math.sqrt(1 / 3),
+                       -math.sqrt(0.5), -1 / 3 / math.sqrt(1 / 3)], dtype=F64)
     torch.testing.assert_close(group_advantages(rewards, group, eps=0.0), expected)
-    # Biased variances are 2/9 and 1/4.
+    # The biased variances are 2/9 and 1/4.
     biased = group_advantages(rewards, group, eps=0.0, unbiased=False)
     torch.testing.assert_close(biased[:2], tensor([2 / 3 / math.sqrt(2 / 9), 1.0], dtype=F64))
 
 
-def test_rows_outside_keep_count_for_nothing():
+def test_rows_outside_keep_do_not_count():
     rewards, group = tensor([1.0, 0.0, math.nan, 0.0]), tensor([0, 0, 0, 0])
     keep = tensor([True, True, False, True])
     expected = group_advantages(tensor([1.0, 0.0, 0.0]), tensor([0, 0, 0]))
-    assert group_advantages(rewards, group, keep).tolist() == [*expected[:2].tolist(), 0.0, expected[2].item()]
+    assert group_advantages(rewards, group, keep).tolist() == [
+        *expected[:2].tolist(), 0.0, expected[2].item()]
 
 
 @pytest.mark.parametrize("rewards, keep", [
     ([0.1] * 3, None),                       # their float32 mean is not 0.1
     ([1.9] * 7, None),
-    ([1.0], None),                           # a group of one
-    ([1.0, 0.0], [True, False]),             # of one, after rejection
-    ([1.0, 0.0], [False, False]),            # all rejected
+    ([1.0], None),                           # the group has one row
+    ([1.0, 0.0], [True, False]),             # one row is left after rejection
+    ([1.0, 0.0], [False, False]),            # all rows are rejected
 ])
-def test_nothing_to_compare_gives_exactly_zero(rewards, keep):
+def test_groups_without_variation_get_exactly_zero(rewards, keep):
     keep = None if keep is None else tensor(keep)
-    assert group_advantages(tensor(rewards), torch.zeros(len(rewards), dtype=torch.long), keep).tolist() == [0] * len(rewards)
+    group = torch.zeros(len(rewards), dtype=torch.long)
+    assert group_advantages(tensor(rewards), group, keep).tolist() == [0] * len(rewards)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # (RATIO), f, (CLIP), KL
 
-def test_ratio_by_hand():
-    logprobs, old = tensor([[0.5, 0.25], [0.5, 0.25]]).log(), tensor([[0.25, 0.5], [0.8, 0.5]]).log()
-    off_policy = tensor([False, True])
-    torch.testing.assert_close(importance_ratio(logprobs, old, off_policy), tensor([[2.0, 0.5], [0.625, 0.5]]))
-    torch.testing.assert_close(importance_ratio(logprobs, old, off_policy, "one"), tensor([[2.0, 0.5], [0.5, 0.25]]))
+def test_ratios_match_hand_calculation():
+    logprobs = tensor([[0.5, 0.25], [0.5, 0.25]]).log()
+    old, off_policy = tensor([[0.25, 0.5], [0.8, 0.5]]).log(), tensor([False, True])
+    torch.testing.assert_close(importance_ratio(logprobs, old, off_policy),
+                               tensor([[2.0, 0.5], [0.625, 0.5]]))
+    torch.testing.assert_close(importance_ratio(logprobs, old, off_policy, "one"),
+                               tensor([[2.0, 0.5], [0.5, 0.25]]))
     with pytest.raises(ValueError, match="expert"):
         importance_ratio(logprobs, old, off_policy, "expert")
 
@@ -139,12 +147,13 @@ def test_ratio_by_hand():
 @pytest.mark.parametrize("log_ratio", [-1e4, -50.0, 50.0, 1e4])
 @pytest.mark.parametrize("bound", [None, 20.0])
 def test_ratios_are_finite_and_exact_within_the_bound(log_ratio, bound):
-    ratio = importance_ratio(tensor([[log_ratio]]), tensor([[0.0]]), tensor([False]), log_ratio_clamp=bound)
+    ratio = importance_ratio(tensor([[log_ratio]]), tensor([[0.0]]), tensor([False]),
+                             log_ratio_clamp=bound)
     effective = max(-(bound or 79.85), min(bound or 79.85, log_ratio))
     assert math.isfinite(ratio) and math.log(ratio) == pytest.approx(effective, abs=0.01)
 
 
-def test_policy_shaping():
+def test_policy_shaping_matches_hand_calculation():
     x = tensor([0.0, 0.01, 0.99, 1e30])
     torch.testing.assert_close(policy_shaping(x), tensor([0.0, 0.5, 0.99, 1.0]))
     torch.testing.assert_close(policy_shaping(x[1:2], lam=0.1), tensor([1 / 11]))
@@ -156,14 +165,14 @@ def test_policy_shaping():
 
 
 @pytest.mark.parametrize("ratio, advantage, expected", [
-    (1.5, 2.0, 2.4), (0.5, 2.0, 1.0), (1.1, 2.0, 2.2),        # A > 0: no reward for going beyond 1.2
-    (1.5, -2.0, -3.0), (0.5, -2.0, -1.6), (0.9, -2.0, -1.8),  # A < 0: none for going below 0.8
+    (1.5, 2.0, 2.4), (0.5, 2.0, 1.0), (1.1, 2.0, 2.2),        # A > 0: ratios above 1.2 gain nothing
+    (1.5, -2.0, -3.0), (0.5, -2.0, -1.6), (0.9, -2.0, -1.8),  # A < 0: ratios below 0.8 gain nothing
 ])
-def test_clip_by_hand(ratio, advantage, expected):
+def test_clip_matches_hand_calculation(ratio, advantage, expected):
     assert clip(tensor([[ratio]]), tensor([[advantage]])).item() == pytest.approx(expected)
 
 
-def test_clip_options():
+def test_clip_obeys_its_options():
     ratio, A = tensor([[1.3, 5.0]]), tensor([[1.0]])
     torch.testing.assert_close(clip(ratio, A, 0.2, 0.4), tensor([[1.3, 1.4]]))
     torch.testing.assert_close(clip(ratio, -A, dual_clip=3.0), tensor([[-1.3, -3.0]]))
@@ -173,41 +182,46 @@ def test_clip_options():
             clip(ratio, A, **bad)
 
 
-def test_kl_by_hand():
-    # x = log 2: 2 − log 2 − 1; it is 0 where the policies agree, and never below.
-    torch.testing.assert_close(kl_k3(tensor([0.25, 0.5]).log(), tensor([0.5, 0.5]).log()), tensor([1 - math.log(2), 0.0]))
+def test_kl_matches_hand_calculation():
+    # With x = log 2 the estimate is 2 − log 2 − 1; it is 0 where the policies agree.
+    torch.testing.assert_close(kl_k3(tensor([0.25, 0.5]).log(), tensor([0.5, 0.5]).log()),
+                               tensor([1 - math.log(2), 0.0]))
     assert torch.isfinite(kl_k3(tensor([0.0, -200.0]), tensor([-200.0, 0.0]))).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # (MIXED), (ICPO)
 
 def two_rows():
-    """An on-policy row with r = 2, 0.5 and A = 1; an off-policy one with r̂ = 0.5 and A = 2, then a masked place."""
+    """Row 0 is on-policy with r = 2, 0.5 and A = 1; row 1 is off-policy with r̂ = 0.5 and A = 2.
+    The second token of row 1 is masked."""
     logprobs = tensor([[0.5, 0.25], [0.25, 1.0]], dtype=F64).log()
     old = tensor([[0.25, 0.5], [0.5, 1.0]], dtype=F64).log()
-    return logprobs, old, tensor([1.0, 2.0], dtype=F64), tensor([[1.0, 1.0], [1.0, 0.0]]), tensor([False, True])
+    mask = tensor([[1.0, 1.0], [1.0, 0.0]])
+    return logprobs, old, tensor([1.0, 2.0], dtype=F64), mask, tensor([False, True])
 
 
-def test_mixed_objective_by_hand():
-    # On-policy (1.2 + 0.5)/2, off-policy 0.5·2/1.
+def test_mixed_objective_matches_hand_calculation():
+    # The on-policy term is (1.2 + 0.5)/2, the off-policy term 0.5·2/1.
     assert mixed_policy_objective(*two_rows()).item() == pytest.approx(0.85 + 1.0)
     logprobs, old, A, mask, off_policy = two_rows()
-    assert mixed_policy_objective(logprobs, old, A, mask * ~off_policy[:, None], off_policy).item() == pytest.approx(0.85)
+    mask = mask * ~off_policy[:, None]
+    assert mixed_policy_objective(logprobs, old, A, mask, off_policy).item() == pytest.approx(0.85)
 
 
-def test_icpo_loss_by_hand():
+def test_icpo_loss_matches_hand_calculation():
     loss, metrics = icpo_loss(*two_rows())
     shaped = 0.5 / 0.51
     assert loss.item() == pytest.approx(-(1.2 + 0.5 + 2 * shaped) / 3)
-    assert metrics["clip_fraction"].item() == pytest.approx(1 / 3)      # r = 2 alone
+    assert metrics["clip_fraction"].item() == pytest.approx(1 / 3)      # only r = 2 is clipped
     assert metrics["off_policy_share"].item() == pytest.approx(1 / 3)
     assert metrics["ratio_max"].item() == pytest.approx(2.0)
-    # Without f, with denominator 1, and another Z.
-    assert icpo_loss(*two_rows(), shaping_lambda=None)[0].item() == pytest.approx(-(1.2 + 0.5 + 1.0) / 3)
+    # The first of these losses leaves out f; the second has denominator 1, another λ and another Z.
+    unshaped = icpo_loss(*two_rows(), shaping_lambda=None)[0]
+    assert unshaped.item() == pytest.approx(-(1.2 + 0.5 + 1.0) / 3)
     one = icpo_loss(*two_rows(), off_policy_denominator="one", shaping_lambda=0.1, normalizer=10)[0]
     assert one.item() == pytest.approx(-(1.2 + 0.5 + 2 * 0.25 / 0.35) / 10)
-    # The KL term: x = log(ref/π) is log 2 at the first place, 0 elsewhere.
+    # In the KL term, x = log(ref/π) is log 2 at the first token and 0 at the others.
     logprobs, *rest = two_rows()
     ref = logprobs + tensor([[math.log(2), 0.0], [0.0, 5.0]])
     with_kl, metrics = icpo_loss(logprobs, *rest, ref_logprobs=ref, kl_coef=0.5)
@@ -216,47 +230,51 @@ def test_icpo_loss_by_hand():
 
 
 def test_off_policy_clip_after_shaping_is_an_option():
-    # Â < 0 and f(0.5) = 0.5/0.6 with λ = 0.1: above 0.8, nothing binds. With λ = 1, f = 1/3 and the clip holds it at 0.8.
+    # Â < 0. With λ = 1, f(0.5) is 1/3, and the clip raises it to 0.8.
     logprobs, old, _, mask, off_policy = two_rows()
     rows = (logprobs, old, tensor([0.0, -1.0], dtype=F64), mask, off_policy)
     assert icpo_loss(*rows, shaping_lambda=1.0)[0].item() == pytest.approx(0.8 / 3)
-    assert icpo_loss(*rows, shaping_lambda=1.0, clip_off_policy=False)[0].item() == pytest.approx(1 / 3 / 3)
+    unclipped = icpo_loss(*rows, shaping_lambda=1.0, clip_off_policy=False)[0]
+    assert unclipped.item() == pytest.approx(1 / 3 / 3)
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(shaping_lambda=0.1, off_policy_denominator="one"), dict(shaping_lambda=None), dict(dual_clip=3.0),
-    dict(clip_off_policy=False), dict(kl_coef=0.3), dict(normalizer=11.0), dict(log_ratio_clamp=20.0)])
-def test_gradient_by_finite_differences(settings):
+    dict(), dict(shaping_lambda=0.1, off_policy_denominator="one"), dict(shaping_lambda=None),
+    dict(dual_clip=3.0), dict(clip_off_policy=False), dict(kl_coef=0.3), dict(normalizer=11.0),
+    dict(log_ratio_clamp=20.0)])
+def test_gradient_matches_finite_differences(settings):
     logprobs, old, A, mask, off_policy = random_batch()
     ref = old + 0.1 if "kl_coef" in settings else None
-    assert torch.autograd.gradcheck(
-        lambda x: icpo_loss(x, old, A, mask, off_policy, ref_logprobs=ref, **settings)[0], (logprobs,))
+    assert torch.autograd.gradcheck(lambda x: icpo_loss(
+        x, old, A, mask, off_policy, ref_logprobs=ref, **settings)[0], (logprobs,))
 
 
 @pytest.mark.parametrize("lam", [1e-4, 0.01, 0.1, 10.0])
 @pytest.mark.parametrize("denominator", ["behaviour", "one"])
 def test_off_policy_clip_never_binds_for_positive_advantages(lam, denominator):
-    """f < 1 < 1 + ε, and min(f·A, clip(f)·A) = f·A below 1 − ε too: value and gradient are those without the clip."""
+    """f never exceeds 1 + ε, and min(f·A, clip(f)·A) is f·A where f < 1 − ε and A ≥ 0. So the loss
+    and its gradient equal those without the clip."""
     log_ratios = torch.linspace(-30, 30, 601, dtype=F64)[None]
     results = []
     for clipped in (True, False):
         logprobs = log_ratios.clone().requires_grad_()
         for A in (0.0, 1.3):
-            loss, metrics = icpo_loss(logprobs, torch.zeros_like(log_ratios), tensor([A], dtype=F64),
-                                      torch.ones_like(log_ratios), tensor([True]), shaping_lambda=lam,
-                                      off_policy_denominator=denominator, clip_off_policy=clipped)
+            loss, metrics = icpo_loss(
+                logprobs, torch.zeros_like(log_ratios), tensor([A], dtype=F64),
+                torch.ones_like(log_ratios), tensor([True]), shaping_lambda=lam,
+                off_policy_denominator=denominator, clip_off_policy=clipped)
             assert metrics["clip_fraction_off"] == 0
             results.append((loss, *torch.autograd.grad(loss, logprobs)))
     for with_clip, without in zip(results[:2], results[2:]):
         assert all(torch.equal(a, b) for a, b in zip(with_clip, without))
 
 
-def test_without_off_policy_rows_it_is_the_grpo_loss():
+def test_the_loss_without_off_policy_rows_is_that_of_grpo():
     logprobs, old, _, mask, _ = random_batch()
     rewards = tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0], dtype=F64)
     A = group_advantages(rewards, tensor([0, 0, 0, 1, 1, 1]))
     loss, _ = icpo_loss(logprobs, old, A, mask, torch.zeros(6, dtype=torch.bool))
-    # GRPO token by token, in plain Python.
+    # This computes the loss of GRPO token by token in plain Python.
     total = 0.0
     for i, rows in ((i, range(i // 3 * 3, i // 3 * 3 + 3)) for i in range(6)):
         mean = sum(rewards[j].item() for j in rows) / 3
@@ -276,7 +294,8 @@ def test_the_losses_of_any_split_sum_to_the_whole(split):
     whole, whole_metrics = icpo_loss(logprobs, old, A, mask, off_policy, **settings)
     gradient, = torch.autograd.grad(whole, logprobs)
     columns = zip(*(x.split(split) for x in (logprobs, old, A, mask, off_policy, old + 0.1)))
-    parts = [icpo_loss(*part, ref_logprobs=ref, kl_coef=0.3, normalizer=mask.sum()) for *part, ref in columns]
+    parts = [icpo_loss(*part, ref_logprobs=ref, kl_coef=0.3, normalizer=mask.sum())
+             for *part, ref in columns]
     total = sum(loss for loss, _ in parts)
     torch.testing.assert_close(total, whole)
     torch.testing.assert_close(torch.autograd.grad(total, logprobs)[0], gradient)
@@ -293,18 +312,21 @@ def test_rejected_rows_leave_the_objective():
     torch.testing.assert_close(rejected, without)
 
 
-@pytest.mark.parametrize("what", ["empty mask", "garbage behind the mask", "e^50", "e^-50", "e^200"])
-def test_always_finite(what):
+@pytest.mark.parametrize(
+    "what", ["empty mask", "garbage behind the mask", "e^50", "e^-50", "e^200"])
+def test_loss_and_gradient_are_always_finite(what):
     logprobs, old, A, mask, off_policy = random_batch()
     logprobs, old, mask = logprobs.detach().float(), old.float(), mask.float()
     if what == "empty mask":
         mask = torch.zeros_like(mask)
     elif what == "garbage behind the mask":
-        logprobs, old = logprobs.masked_fill(mask == 0, math.nan), old.masked_fill(mask == 0, -math.inf)
+        logprobs = logprobs.masked_fill(mask == 0, math.nan)
+        old = old.masked_fill(mask == 0, -math.inf)
     else:
         old = logprobs - float(what[2:])
     logprobs.requires_grad_()
-    loss, metrics = icpo_loss(logprobs, old, A.float(), mask, off_policy, ref_logprobs=old, kl_coef=0.001)
+    loss, metrics = icpo_loss(logprobs, old, A.float(), mask, off_policy, ref_logprobs=old,
+                              kl_coef=0.001)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
     assert all(torch.isfinite(value) for value in metrics.values())
@@ -312,28 +334,32 @@ def test_always_finite(what):
         assert loss == 0 and not logprobs.grad.any()
 
 
-def test_bfloat16_counts_in_float32():
-    """3,333 tokens of ratio 1: bfloat16 would make the count 3,328."""
+def test_tokens_in_bfloat16_are_counted_in_float32():
+    """The loss has 3,333 tokens of ratio 1; bfloat16 would round the count to 3,328."""
     logprobs = torch.zeros(3, 1111, dtype=torch.bfloat16, requires_grad=True)
-    loss, _ = icpo_loss(logprobs, logprobs.detach(), torch.ones(3), torch.ones(3, 1111), torch.zeros(3, dtype=torch.bool))
+    loss, _ = icpo_loss(logprobs, logprobs.detach(), torch.ones(3), torch.ones(3, 1111),
+                        torch.zeros(3, dtype=torch.bool))
     assert loss.item() == pytest.approx(-1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("change, culprit", [
-    (dict(old_logprobs=torch.zeros(6, 4)), "old_logprobs"), (dict(advantages=torch.zeros(5)), "advantages"),
-    (dict(mask=torch.ones(6)), "mask"), (dict(kl_coef=0.1), "ref_logprobs"), (dict(shaping_lambda=-1.0), "λ"),
+    (dict(old_logprobs=torch.zeros(6, 4)), "old_logprobs"),
+    (dict(advantages=torch.zeros(5)), "advantages"), (dict(mask=torch.ones(6)), "mask"),
+    (dict(kl_coef=0.1), "ref_logprobs"), (dict(shaping_lambda=-1.0), "λ"),
     (dict(off_policy_denominator="two"), "two")])
 def test_wrong_arguments_are_named(change, culprit):
     logprobs, old, A, mask, off_policy = random_batch()
-    arguments = dict(logprobs=logprobs, old_logprobs=old, advantages=A, mask=mask, off_policy=off_policy) | change
+    arguments = dict(logprobs=logprobs, old_logprobs=old, advantages=A, mask=mask,
+                     off_policy=off_policy) | change
     with pytest.raises(ValueError, match=culprit):
         icpo_loss(**arguments)
 
 
 def test_the_file_works_alone(tmp_path):
-    """Copied into another code base it needs torch and nothing else of this project."""
+    """icpo.py imports only torch and math, so it can be copied into another code base."""
     (tmp_path / "icpo.py").write_bytes(Path(icpo.__file__).read_bytes())
     code = ("import sys, torch; before = set(sys.modules); import icpo; "
             "print({m.split('.')[0] for m in set(sys.modules) - before} - {'icpo', 'math'})")
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         check=True)
     assert out.stdout.strip() == "set()"

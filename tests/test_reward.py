@@ -30,20 +30,21 @@ def box(answer: str) -> str:
 
 
 def verdict(given: str, answer: str) -> bool:
-    """Math-Verify's own, in this process."""
-    gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (answer, given))
+    """Returns the verdict of Math-Verify itself, called in this process."""
+    gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+                    for text in (answer, given))
     return bool(math_verify.verify(gold, target, timeout_seconds=None))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Extraction
 
 @pytest.mark.parametrize("response, expected", [
     (r"so \boxed{42}.", "42"),
-    (r"\boxed{1} no, \boxed{2}", "2"),                     # the last one
+    (r"\boxed{1} no, \boxed{2}", "2"),                     # the last box counts
     (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),                    # escaped braces do not count
-    (r"\boxed{\\{1}}", r"\\{1}"),                          # but those behind an escaped backslash do
+    (r"\boxed{\\{1}}", r"\\{1}"),                          # braces after an escaped backslash count
     (r"\boxed{ 7 }", "7"),
     (r"\fbox{7}", "7"),
     (r"\boxed{6} or \fbox{7}", "7"),
@@ -53,7 +54,7 @@ def verdict(given: str, answer: str) -> bool:
     (r"\boxed5.", "5"),
     (r"\boxed\frac12$", r"\frac12"),
     (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
-    (r"\boxed{1 \boxed{2}}", "2"),                         # a box inside a box
+    (r"\boxed{1 \boxed{2}}", "2"),                         # the inner box counts
     (r"\boxed{}", ""),
     (r"\boxed{7", None),
     (r"\boxed", None),
@@ -62,7 +63,7 @@ def verdict(given: str, answer: str) -> bool:
     ("42", None),
     ("", None),
 ])
-def test_extract_answer(response, expected):
+def test_the_last_box_holds_the_answer(response, expected):
     assert extract_answer(response) == expected
 
 
@@ -75,49 +76,54 @@ def test_extract_answer(response, expected):
     ("tags", "<answer>3</answer><answer>4", "3"),
     ("tags", "4</answer>", None),
 ])
-def test_other_formats(answer_format, response, expected):
+def test_gsm8k_and_tags_answers_are_extracted_and_scored(answer_format, response, expected):
     assert extract_answer(response, answer_format) == expected
     assert score([response], ["4"], answer_format=answer_format) == [float(expected == "4")]
-    if answer_format == "gsm8k":   # whose references are worked solutions
-        assert score([response], ["2 + 2 is 4\n#### 4"], answer_format=answer_format) == [float(expected == "4")]
+    if answer_format == "gsm8k":   # GSM8K's references are worked solutions
+        assert score([response], ["2 + 2 is 4\n#### 4"],
+                     answer_format=answer_format) == [float(expected == "4")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scores
 
 @pytest.mark.parametrize("given, answer, expected", [
-    ("42", "42", 1.0), ("42", " 42 ", 1.0), ("042", "42", 1.0), ("42.0", "42", 1.0), ("+42", "42", 1.0), ("42.", "42", 1.0),
-    (".5", "0.50", 1.0), ("42", "43", 0.0), ("-42", "42", 0.0), ("", "42", 0.0), ("x", "x", 1.0), ("x + 1", "x+1", 1.0),
-    ("1,234,567", "1234567", 1.0), ("12{,}345", "12345", 1.0), (r"\frac{1}{2}", "0.5", 1.0), (r"\dfrac{1}{2}", "1/2", 1.0),
-    (r"-\frac{6}{4}", "-1.5", 1.0), (r"\frac{-1}{2}", "0.5", 0.0), ("$7$", "7", 1.0), ("1/3", "2/3", 0.0),
-    (r"\left( 1, 2 \right)", "(1, 2)", 1.0), ("123456789.123456789", "123456789.123456788", 0.0),
+    ("42", "42", 1.0), ("42", " 42 ", 1.0), ("042", "42", 1.0), ("42.0", "42", 1.0),
+    ("+42", "42", 1.0), ("42.", "42", 1.0), (".5", "0.50", 1.0), ("42", "43", 0.0),
+    ("-42", "42", 0.0), ("", "42", 0.0), ("x", "x", 1.0), ("x + 1", "x+1", 1.0),
+    ("1,234,567", "1234567", 1.0), ("12{,}345", "12345", 1.0), (r"\frac{1}{2}", "0.5", 1.0),
+    (r"\dfrac{1}{2}", "1/2", 1.0), (r"-\frac{6}{4}", "-1.5", 1.0), (r"\frac{-1}{2}", "0.5", 0.0),
+    ("$7$", "7", 1.0), ("1/3", "2/3", 0.0), (r"\left( 1, 2 \right)", "(1, 2)", 1.0),
+    ("123456789.123456789", "123456789.123456788", 0.0),
 ])
 def test_strings_and_numbers_need_no_worker(given, answer, expected, monkeypatch):
-    monkeypatch.setattr(reward, "compare", lambda *arguments: pytest.fail("a worker was asked for"))
+    monkeypatch.setattr(reward, "_compare", lambda *arguments: pytest.fail("score used a worker"))
     assert score([box(given)], [answer]) == [expected]
 
 
 def test_math_verify_settles_the_rest_in_order():
-    pairs = [(r"\frac{2}{\sqrt{16}}", "0.5", 1.0), ("x+1", "1+x", 1.0), (r"\frac{1}{3}", "0.333333", 1.0), ("5 cm", "5", 1.0),
-             (r"\{1,2\}", r"\{2,1\}", 1.0), ("7", "7", 1.0), (r"\sqrt{8}", r"2\sqrt{2}", 1.0), (r"\frac{", "3", 0.0),
+    pairs = [(r"\frac{2}{\sqrt{16}}", "0.5", 1.0), ("x+1", "1+x", 1.0),
+             (r"\frac{1}{3}", "0.333333", 1.0), ("5 cm", "5", 1.0), (r"\{1,2\}", r"\{2,1\}", 1.0),
+             ("7", "7", 1.0), (r"\sqrt{8}", r"2\sqrt{2}", 1.0), (r"\frac{", "3", 0.0),
              ("1, 234", "1234", 0.0)]
     assert score([box(given) for given, _, _ in pairs], [answer for _, answer, _ in pairs],
                  workers=2) == [expected for *_, expected in pairs]
 
 
 @pytest.mark.parametrize("response, answer", [
-    (" ".join(rf"\boxed{{{i}}}" for i in range(50)), "42"),   # fifty boxes, of which one is right and not the last
-    (box("x"), "42"),                                          # a name for any number
-    (box("42 or 43"), "42"), (box("1, 2, 42"), "42"), (box(r"\{41, 42\}"), "42"), (box(r"42 \text{ or } 43"), "42"),
-    (r"\boxed{41}\boxed{42}\boxed{43}", "42"), (box(r"41}\boxed{42}\boxed{43"), "42"),
-    (box("42=43"), "42"), (box(r"42\pm 1"), "42"), (box("42;43"), "42"), (box(r"\text{the right answer}"), "42"),
-    ("42", "42"), ("the answer is 42", "42"), ("", "42"),      # no box, no reward
+    (" ".join(rf"\boxed{{{i}}}" for i in range(50)), "42"),   # the last of 50 boxes is wrong
+    (box("x"), "42"),                                          # x could stand for any number
+    (box("42 or 43"), "42"), (box("1, 2, 42"), "42"), (box(r"\{41, 42\}"), "42"),
+    (box(r"42 \text{ or } 43"), "42"), (r"\boxed{41}\boxed{42}\boxed{43}", "42"),
+    (box(r"41}\boxed{42}\boxed{43"), "42"), (box("42=43"), "42"), (box(r"42\pm 1"), "42"),
+    (box("42;43"), "42"), (box(r"\text{the right answer}"), "42"),
+    ("42", "42"), ("the answer is 42", "42"), ("", "42"),      # there is no box
 ])
 def test_guessing_earns_nothing(response, answer):
     assert score([response], [answer]) == [0.0]
 
 
-def test_lengths_and_formats_must_make_sense():
+def test_unequal_lengths_and_unknown_formats_are_errors():
     with pytest.raises(ValueError, match="2 responses but 1 answers"):
         score(["a", "b"], ["1"])
     with pytest.raises(ValueError, match="'xml'"):
@@ -126,16 +132,19 @@ def test_lengths_and_formats_must_make_sense():
 
 whole = st.integers(-10 ** 12, 10 ** 12)
 decimals = st.decimals(-10 ** 6, 10 ** 6, places=3, allow_nan=False).map(str)
-fractions = st.tuples(whole, st.integers(1, 10 ** 6)).map(lambda pair: rf"\frac{{{pair[0]}}}{{{pair[1]}}}")
+fractions = st.tuples(whole, st.integers(1, 10 ** 6)).map(
+    lambda pair: rf"\frac{{{pair[0]}}}{{{pair[1]}}}")
 numbers = whole.map(str) | decimals | fractions | whole.map("{:,}".format)
 expressions = st.recursive(numbers | st.sampled_from(["x", "y", r"\pi"]), lambda parts: st.one_of(
-    st.tuples(parts, parts).map(" + ".join), parts.map(r"\sqrt{{{}}}".format), parts.map(r"\left( {} \right)".format),
+    st.tuples(parts, parts).map(" + ".join), parts.map(r"\sqrt{{{}}}".format),
+    parts.map(r"\left( {} \right)".format),
     st.tuples(parts, parts).map(lambda pair: rf"\dfrac{{{pair[0]}}}{{{pair[1]}}}")), max_leaves=4)
 
 
-@pytest.mark.parametrize("given, answer", [("4 2", "42"), ("4  2", "42"), ("4 \n 2", "42"), ("x  y", "xy"), ("1, 234", "1,234"),
-                                           (r"\pi  x", r"\pix"), (r"\leftarrow", "arrow")])
-def test_spaces_that_separate_stay(given, answer):
+@pytest.mark.parametrize("given, answer", [
+    ("4 2", "42"), ("4  2", "42"), ("4 \n 2", "42"), ("x  y", "xy"), ("1, 234", "1,234"),
+    (r"\pi  x", r"\pix"), (r"\leftarrow", "arrow")])
+def test_spaces_that_separate_are_kept(given, answer):
     assert not settle(given, answer) and not settle(answer, given)
 
 
@@ -155,55 +164,63 @@ def test_plain_numbers_are_settled_as_math_verify_does(a, b):
 
 @settings(max_examples=100, deadline=None)
 @given(expressions)
-def test_looks_do_not_matter(answer):
-    for other in (answer.replace(r"\left", "").replace(r"\right", ""), answer.replace(" ", ""), f" {answer}  ", f"${answer}$",
-                  answer.replace(r"\dfrac", r"\frac"), answer.replace(" + ", "  +  ")):
+def test_notation_does_not_matter(answer):
+    for other in (answer.replace(r"\left", "").replace(r"\right", ""), answer.replace(" ", ""),
+                  f" {answer}  ", f"${answer}$", answer.replace(r"\dfrac", r"\frac"),
+                  answer.replace(" + ", "  +  ")):
         assert settle(other, answer)
     assert score([f"We get 17 and 3. {box(answer)} That is all: 99."], [answer]) == [1.0]
 
 
 @settings(max_examples=20, deadline=None)
-@given(whole, whole, st.sampled_from([" cm", r"\text{ apples}", r"^\circ", r"\text{ km/h}", " kg", r"\,\text{m}"]))
+@given(whole, whole, st.sampled_from(
+    [" cm", r"\text{ apples}", r"^\circ", r"\text{ km/h}", " kg", r"\,\text{m}"]))
 def test_units_do_not_matter_and_numbers_do(a, b, unit):
     assert score([box(f"{a}{unit}"), box(f"{a}{unit}")], [str(a), str(b)]) == [1.0, float(a == b)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Limits and processes
 
 @pytest.fixture
 def fresh():
-    """No workers before, none after."""
-    verify._stop_workers()
+    """Stops all workers before and after the test and checks that none is left."""
+    reward._stop_workers()
     yield
     verify._stop_workers()
     assert not workers()
 
 
 def workers():
-    return [process for process in psutil.Process().children(recursive=True) if verify.__file__ in process.cmdline()]
+    return [process for process in psutil.Process().children(recursive=True)
+            if reward.__file__ in process.cmdline()]
 
 
 HANG = box("9^{9^{9^{9^{9}}}}")
-HALF = box(r"\frac{2}{\sqrt{16}}")   # not settled in place
+HALF = box(r"\frac{2}{\sqrt{16}}")   # settle returns None for this
 
 
 def test_a_comparison_that_hangs_is_killed_and_the_others_go_on(fresh):
     score([HALF], ["0.5"], workers=2)
     pid, counts, start = verify._workers[0].process.pid, Counter(), time.monotonic()
     hanging = [HANG.replace("9}}", f"{i}}}}}") for i in range(2, 8)]
-    assert score([*hanging, HALF], ["3"] * 6 + ["0.5"], timeout=0.5, workers=2, counts=counts) == [0.0] * 6 + [1.0]
-    assert time.monotonic() - start < 0.5 * 6 / 2 + 2      # timeout times what hangs over workers, and a little
-    assert counts["timeouts"] == 6 and verify._workers[0].process.pid == pid
+    assert score([*hanging, HALF], ["3"] * 6 + ["0.5"], timeout=0.5, workers=2,
+                 counts=counts) == [0.0] * 6 + [1.0]
+    # Two workers share six timeouts of 0.5 s; 2 s are added for overhead.
+    assert time.monotonic() - start < 0.5 * 6 / 2 + 2
+    assert counts["timeouts"] == 6 and reward._workers[0].process.pid == pid
 
 
 def test_a_comparison_has_a_memory_limit(fresh, monkeypatch):
     monkeypatch.setattr(verify, "MEMORY_LIMIT", 120 << 20)
     score([HALF], ["0.5"], workers=1)
-    child, counts, start = verify._workers[0].child, Counter(), time.monotonic()
-    assert score([box("(x+y+z+w)^{200}"), HALF], ["3", "0.5"], timeout=60, workers=1, counts=counts) == [0.0, 1.0]
-    assert counts["timeouts"] == 1 and verify._workers[0].child != child and time.monotonic() - start < 30
-    assert sum(process.memory_info().rss for process in workers()) < 200 << 20   # what it took is gone
+    child, counts, start = reward._workers[0].child, Counter(), time.monotonic()
+    assert score([box("(x+y+z+w)^{200}"), HALF], ["3", "0.5"], timeout=60, workers=1,
+                 counts=counts) == [0.0, 1.0]
+    assert counts["timeouts"] == 1 and reward._workers[0].child != child
+    assert time.monotonic() - start < 30
+    # The memory of the failed comparison has been freed.
+    assert sum(process.memory_info().rss for process in workers()) < 200 << 20
 
 
 @pytest.mark.parametrize("victim", ["parent", "child"])
@@ -213,7 +230,8 @@ def test_a_worker_that_dies_is_replaced(fresh, victim):
     os.kill(worker.process.pid if victim == "parent" else worker.child, signal.SIGKILL)
     time.sleep(0.2)
     for _ in range(2):
-        assert score([HALF, HANG, HALF], ["0.5", "3", ".5"], workers=1, timeout=0.5) == [1.0, 0.0, 1.0]
+        assert score([HALF, HANG, HALF], ["0.5", "3", ".5"], workers=1,
+                     timeout=0.5) == [1.0, 0.0, 1.0]
 
 
 def test_threads_take_turns(fresh):
@@ -242,21 +260,26 @@ def test_other_processes_have_workers_of_their_own(fresh, method):
     process.start()
     assert results.get(timeout=60) == [1.0]
     process.join(60)
-    assert score([HALF], ["0.5"], workers=1) == [1.0]   # those here still answer
+    assert score([HALF], ["0.5"], workers=1) == [1.0]   # this process's workers still answer
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_is_left_behind(number):
-    code = ("import reward, sys; reward.score([r'\\boxed{\\frac{2}{\\sqrt{16}}}'], ['0.5'], workers=2); print('up', flush=True);"
-            f"reward.score([{HANG!r}, {HANG.replace('9}', '8}')!r}], ['3', '3'], timeout=60, workers=2)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    code = ("import reward, sys; "
+            "reward.score([r'\\boxed{\\frac{2}{\\sqrt{16}}}'], ['0.5'], workers=2); "
+            "print('up', flush=True);"
+            f"reward.score([{HANG!r}, {HANG.replace('9}', '8}')!r}], ['3', '3'], "
+            "timeout=60, workers=2)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"up\n"
-    deadline = time.monotonic() + verify.START_SECONDS
-    while len(psutil.Process(process.pid).children(recursive=True)) < 4 and time.monotonic() < deadline:
+    deadline = time.monotonic() + reward.START_SECONDS
+    parent = psutil.Process(process.pid)
+    while len(parent.children(recursive=True)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5)   # the comparisons hang now
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) == 4   # two workers, and the child of each
+    time.sleep(0.5)   # the comparisons hang by then
+    family = parent.children(recursive=True)
+    assert len(family) == 4   # there are two workers, each with a child
     process.send_signal(number)
     process.wait(70)
     _, alive = psutil.wait_procs(family, timeout=5)
@@ -272,30 +295,34 @@ def test_torchrun_shares_the_cores(monkeypatch):
     assert verify.default_workers() == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whatever a response holds
+# --------------------------------------------------------------------------------------------------
+# Hostile responses
 
 HOSTILE = [
-    box("9^{9^{9^{9}}}"), box("((((99999!)!)!)!)!"), box(r"\sum_{n=1}^{10^{12}} n!"), box(r"\binom{10^9}{5 \cdot 10^8}"),
-    box("{" * 10_000 + "1" + "}" * 10_000), "\\boxed{" * 10_000, box("(" * 2_000 + "1" + ")" * 2_000), box(r"\sqrt{" * 500),
+    box("9^{9^{9^{9}}}"), box("((((99999!)!)!)!)!"), box(r"\sum_{n=1}^{10^{12}} n!"),
+    box(r"\binom{10^9}{5 \cdot 10^8}"), box("{" * 10_000 + "1" + "}" * 10_000),
+    "\\boxed{" * 10_000, box("(" * 2_000 + "1" + ")" * 2_000), box(r"\sqrt{" * 500),
     box("1" * 5_000_000), "x" * 5_000_000 + box("1"), "{" * 3_000_000, "\\" * 1_000_001 + box("1"),
-    box("\0\x01\x1b[2J\r\n"), box("\ud800"), box(r"\frac{1}{"), box(r"\begin{pmatrix} 1 & 2 \\"), box(r"\left( 1"),
+    box("\0\x01\x1b[2J\r\n"), box("\ud800"), box(r"\frac{1}{"), box(r"\begin{pmatrix} 1 & 2 \\"),
+    box(r"\left( 1"),
     box(r"\begin{pmatrix}" + r"\\".join(["&".join(["x"] * 60)] * 60) + r"\end{pmatrix}"),
     box("[" + ",".join(map(str, range(2_000))) + "]"), box(r"(-\infty, " + "9" * 4_000 + "]"),
-    box("__import__('os').system('touch /tmp/hacked')"), box("$(rm -rf /)"), box("; import sys; sys.exit(0)"),
-    box(r"\boxed{\boxed{}}"), r"\boxed{}", box(" "), box("\u202e24\u202c"), box("٤٢"), box("四十二"), "\\boxed", "\\boxed{",
-    box(r"x^{x^{x^{x^{x^{x}}}}} = \int_0^1 \int_0^1 \sin(\cos(x y)) dx dy"), box("0^0/0"), box("1e999999999"), box("nan"),
-    box("10^{10^{10}} - 10^{10^{10}} + 41"), box(r"\lim_{x \to 0} \frac{\sin x}{x}" * 20),
+    box("__import__('os').system('touch /tmp/hacked')"), box("$(rm -rf /)"),
+    box("; import sys; sys.exit(0)"), box(r"\boxed{\boxed{}}"), r"\boxed{}", box(" "),
+    box("\u202e24\u202c"), box("٤٢"), box("四十二"), "\\boxed", "\\boxed{",
+    box(r"x^{x^{x^{x^{x^{x}}}}} = \int_0^1 \int_0^1 \sin(\cos(x y)) dx dy"), box("0^0/0"),
+    box("1e999999999"), box("nan"), box("10^{10^{10}} - 10^{10^{10}} + 41"),
+    box(r"\lim_{x \to 0} \frac{\sin x}{x}" * 20),
 ]
 
 
-def test_hostile_responses(fresh):
-    """All are wrong; the corpus twice over takes no more memory here than once."""
+def test_hostile_responses_score_zero_in_bounded_time_and_memory(fresh):
+    """A second pass over the same responses must not increase this process's memory by 20 MB."""
     counts, memory = Counter(), []
     for _ in range(2):
         start = time.monotonic()
-        assert score(HOSTILE, ["42"] * len(HOSTILE), timeout=0.5, workers=2, counts=counts) == [
-            0.0] * len(HOSTILE)
+        assert score(HOSTILE, ["42"] * len(HOSTILE), timeout=0.5, workers=2,
+                     counts=counts) == [0.0] * len(HOSTILE)
         assert time.monotonic() - start < 0.5 * len(HOSTILE) / 2 + 5
         memory.append(psutil.Process().memory_info().rss)
     assert counts["timeouts"] < len(HOSTILE)
@@ -304,24 +331,28 @@ def test_hostile_responses(fresh):
 
 
 def mutate(text: str, rng: random.Random) -> str:
-    """A few pieces of it deleted, doubled, moved or replaced."""
+    """Deletes, doubles, moves or replaces one to four pieces of the text."""
     for _ in range(rng.randint(1, 4)):
         a, b = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         b = min(b, a + 8)
-        text = rng.choice([text[:a] + text[b:], text[:b] + text[a:b] + text[b:], text[b:] + text[:a],
-                           text[:a] + rng.choice(["{", "}", "\\", "^", "!", "\\frac", "\\boxed{", "9", "x", "\n", "\0"]) + text[b:]])
+        new = rng.choice(["{", "}", "\\", "^", "!", "\\frac", "\\boxed{", "9", "x", "\n", "\0"])
+        text = rng.choice([text[:a] + text[b:], text[:b] + text[a:b] + text[b:],
+                           text[b:] + text[:a], text[:a] + new + text[b:]])
     return text
 
 
-def test_mutated_responses(fresh):
+def test_mutated_responses_score_zero_or_one(fresh):
     rng = random.Random(0)
-    seeds = [box(r"\frac{1}{2}"), box("1,234"), box("(1, 2]"), box(r"x^2 + 3x = \sqrt{5}"), box(r"5\text{ cm}"), "#### 7"]
-    responses = [mutate(rng.choice(seeds), rng) for _ in range(2_000)]   # benchmarks/reward.py --fuzz: 20,000
-    scores = score(responses, [rng.choice(["0.5", "1234", "(1,2]", "5"]) for _ in responses], timeout=0.5)
+    seeds = [box(r"\frac{1}{2}"), box("1,234"), box("(1, 2]"), box(r"x^2 + 3x = \sqrt{5}"),
+             box(r"5\text{ cm}"), "#### 7"]
+    # benchmarks/reward.py --fuzz 20000 scores ten times as many.
+    responses = [mutate(rng.choice(seeds), rng) for _ in range(2_000)]
+    answers = [rng.choice(["0.5", "1234", "(1,2]", "5"]) for _ in responses]
+    scores = score(responses, answers, timeout=0.5)
     assert set(scores) == {0.0, 1.0}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A reward of the user's own
 
 @pytest.mark.parametrize("body, message", [
@@ -333,7 +364,7 @@ def test_mutated_responses(fresh):
     ("return [1 / 0 for _ in responses]", "own.py, line 2, in .*: ZeroDivisionError"),
     ("return None", "TypeError"),
 ])
-def test_own_reward(tmp_path, body, message):
+def test_own_rewards_are_checked(tmp_path, body, message):
     file = tmp_path / "own.py"
     file.write_text(f"def mine(responses, problems):\n    {body}\n")
     function = load_reward(f"{file}:mine")
@@ -346,11 +377,12 @@ def test_own_reward(tmp_path, body, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("own.py", "", "FILE.py:FUNCTION"), ("gone.py:mine", "", "names no file"), ("own.py:mine", "x = 1", "no function 'mine'"),
+    ("own.py", "", "FILE.py:FUNCTION"), ("gone.py:mine", "", "names no file"),
+    ("own.py:mine", "x = 1", "no function 'mine'"),
     ("own.py:mine", "x = 1\nimport nothing_like_it", "own.py, line 2.*nothing_like_it"),
     ("own.py:mine", "def mine(:", "own.py, line 1.*SyntaxError"),
 ])
-def test_own_reward_that_does_not_load(tmp_path, name, content, message):
+def test_an_own_reward_that_does_not_load_is_an_error(tmp_path, name, content, message):
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_reward(str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""The training loop, on the embedded model: exact gradients, the procedure's steps, resuming, and users' mistakes."""
+"""Tests train.py on the embedded model: gradients, the procedure, resuming, users' mistakes."""
 
 import json
 import math
@@ -23,11 +23,11 @@ from model_utils import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
-SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4", "--eval-every", "2",
-         "--checkpoint-every", "2", "--kl-coef", "0.01"]
-# What depends on the clock and not on the seed.
-CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "tokens_per_second", "prefill_seconds",
-         "decode_seconds"}
+SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4",
+         "--eval-every", "2", "--checkpoint-every", "2", "--kl-coef", "0.01"]
+# These metrics depend on the clock, so they differ between runs with the same seed.
+CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "tokens_per_second",
+         "prefill_seconds", "decode_seconds"}
 
 
 def prepare(folder, *more):
@@ -44,41 +44,46 @@ def weights_of(folder):
 
 
 def torchrun(*arguments, processes=1, check=True, **more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-               str(random.randint(20000, 60000)), str(ROOT / "train.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+               "--master-port", str(random.randint(20000, 60000)), str(ROOT / "train.py"),
+               *map(str, arguments)]
     return subprocess.run(command, check=check, text=True, capture_output=True, timeout=300, **more)
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run of four steps, never interrupted."""
+    """Returns the folder of an uninterrupted run of four steps."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     trainer.train(prepare(folder))
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Exactness
 
 @pytest.mark.parametrize("settings", [
     ["--method", "icpo-rs"],
     ["--temperature", "0.7"],
     ["--method", "luffy", "--dual-clip", "1.05", "--clip-low", "0.05"],
-    ["--errs", "false", "--max-new-tokens", "30", "--shaping-lambda", "0.5", "--clip-off-policy", "false"],
+    ["--errs", "false", "--max-new-tokens", "30", "--shaping-lambda", "0.5",
+     "--clip-off-policy", "false"],
     ["--errs", "false", "--max-new-tokens", "30", "--shaping-lambda", "0.5"],
     ["--shaping", "false", "--log-ratio-clamp", "0.1", "--clip-high", "0.4", "--group", "append"],
     ["--off-policy-denominator", "one", "--normalizer", "micro-batch", "--kl-coef", "0"],
 ], ids=" ".join)
 def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
-    """Against a loop over single rows without padding, from full logits, (RATIO), f, (CLIP), KL and Z written out."""
-    run = prepare(tmp_path / "run", "--max-prompt-length", 152, "--micro-batch-tokens", 200, *settings)
+    """Compares with a loop over single rows, without padding, that computes (RATIO), f, (CLIP),
+    KL and Z from full logits."""
+    run = prepare(tmp_path / "run", "--max-prompt-length", 152, "--micro-batch-tokens", 200,
+                  *settings)
     o = run.options
     rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
     trainer.mix(run, rows, 0)
     reference, _ = load_model(TINY / "model")
-    with torch.no_grad():   # moved off the reference, so that the KL term has a gradient, and the ratios are not 1
+    with torch.no_grad():   # gives the KL term a gradient and makes the ratios differ from 1
         for i, parameter in enumerate(run.model.parameters()):
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+            generator = torch.Generator().manual_seed(i)
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     model, _ = load_model(TINY / "model")
     model.load_state_dict(run.model.state_dict())
 
@@ -90,11 +95,12 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
         for row in part:
             tokens = torch.tensor([row.prompt + row.tokens])
             places = slice(len(row.prompt) - 1, len(row.prompt) + len(row.tokens) - 1)
-            new, ref = ((each(tokens)[0, places] / o.temperature).log_softmax(-1)[range(len(row.tokens)), row.tokens]
-                        for each in (model, reference))
+            new, ref = ((each(tokens)[0, places] / o.temperature).log_softmax(-1)[
+                range(len(row.tokens)), row.tokens] for each in (model, reference))
             A, old = row.advantage, torch.tensor(row.old_logprobs)
             x = new - (0 if row.off_policy and o.off_policy_denominator == "one" else old)
-            ratio = (x.clamp(-o.log_ratio_clamp, o.log_ratio_clamp) if o.log_ratio_clamp else x).exp()
+            c = o.log_ratio_clamp
+            ratio = (x.clamp(-c, c) if c else x).exp()
             if row.off_policy and o.shaping:
                 ratio = ratio / (ratio + o.shaping_lambda)
             objective = torch.minimum(ratio * A, ratio.clamp(1 - o.clip_low, 1 + o.clip_high) * A)
@@ -107,7 +113,8 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     loss.backward()
 
     gradients = {}
-    run.optimizer.step = lambda: gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+    run.optimizer.step = lambda: gradients.update(
+        {name: p.grad.clone() for name, p in run.model.named_parameters()})
     o.grad_clip = 1e9
     trainer.update(run, rows, sampled_by_it=False)
     assert any(row.off_policy for row in kept) and loss.item() != 0
@@ -118,40 +125,46 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
 @pytest.mark.parametrize("processes, settings, layout", [
     (1, [], ["--recompute-activations", "cheap", "--micro-batch-tokens", "600"]),
     (2, [], ["--micro-batch-tokens", "560"]),
-    (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"], ["--micro-batch-tokens", "1000"]),
+    (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"],
+     ["--micro-batch-tokens", "1000"]),
     (4, [], ["--shard-size", "2", "--recompute-activations", "all"]),
 ])
 def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, settings, layout):
-    """Sharded over the processes or over pairs of them, in other micro-batches: the same samples, metrics and weights to
-    float32 rounding. With `settings` only the shorter off-policy responses are right and join their group, so the processes
-    hold different numbers of rows and of micro-batches."""
+    """Sharding over all processes or over pairs of them, and other micro-batches, give the same
+    samples, metrics and weights to float32 rounding. With `settings`, only the shorter off-policy
+    responses are right and join their groups, so the processes hold different numbers of rows and
+    micro-batches."""
     if settings:
         whole_run = tmp_path / "one"
         trainer.train(prepare(whole_run, *settings))
-    torchrun(*SMALL, *settings, *layout, "--output-dir", tmp_path / "two", "--slots", 7, processes=processes)
+    torchrun(*SMALL, *settings, *layout, "--output-dir", tmp_path / "two", "--slots", 7,
+             processes=processes)
     for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
-        for name in ("slot_occupancy", "wasted_positions", "padding_share", "shared_share"):   # of what each process has
+        # These depend on which rows each process holds.
+        for name in ("slot_occupancy", "wasted_positions", "padding_share", "shared_share"):
             assert 0 <= one.pop(name) <= 1 and 0 <= two.pop(name) <= 1
         assert one == pytest.approx(two, rel=2e-4, abs=1e-5)
-    texts = [sorted((r["step"], r["off_policy"], r["response"], r["in_group"]) for r in map(json.loads, file.open()))
+    texts = [sorted((r["step"], r["off_policy"], r["response"], r["in_group"])
+                    for r in map(json.loads, file.open()))
              for file in (whole_run / "samples.jsonl", tmp_path / "two" / "samples.jsonl")]
     assert texts[0] == texts[1]
     start = load_file(TINY / "model" / "model.safetensors")
     one, two = weights_of(whole_run), weights_of(tmp_path / "two")
     moved = sum((one[name] - start[name]).norm() ** 2 for name in start) ** 0.5
     apart = sum((one[name] - two[name]).norm() ** 2 for name in start) ** 0.5
-    assert apart < 0.01 * moved   # Adam divides by the gradient's size: rounding shows where that is next to nothing
+    # Adam divides by the gradient's size, so rounding shows where gradients are near 0.
+    assert apart < 0.01 * moved
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_resumed_run_is_the_run_never_interrupted(whole_run, tmp_path, processes):
+def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processes):
     folder = tmp_path / "resumed"
     shutil.copytree(whole_run, folder)
     shutil.rmtree(folder / "final")
     shutil.rmtree(folder / "checkpoints" / "step-4")
-    (folder / "checkpoints" / ".step-4.partial").mkdir()                      # a kill while it wrote
+    (folder / "checkpoints" / ".step-4.partial").mkdir()   # a kill during writing leaves this
     (folder / "metrics.jsonl").open("a").write('{"step": 5, "rewa')
     torchrun("--resume", "--output-dir", folder, processes=processes)
     assert (folder / "checkpoints" / "step-4" / ".metadata").is_file()
@@ -166,8 +179,8 @@ def test_a_resumed_run_is_the_run_never_interrupted(whole_run, tmp_path, process
 
 def test_a_run_killed_in_the_middle_goes_on(tmp_path):
     arguments = [*SMALL, "--steps", "12", "--output-dir", tmp_path / "killed"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoints" / "step-4").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
@@ -178,7 +191,8 @@ def test_a_run_killed_in_the_middle_goes_on(tmp_path):
     trainer.train(trainer.prepare([*map(str, arguments), "--resume"]))
     trainer.train(prepare(tmp_path / "whole", "--steps", "12"))
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    assert len(list((tmp_path / "killed" / "checkpoints").glob("step-*"))) == 2   # the last two are kept
+    # The run keeps its last two checkpoints.
+    assert len(list((tmp_path / "killed" / "checkpoints").glob("step-*"))) == 2
 
 
 def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
@@ -186,9 +200,11 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
     for number in (signal.SIGTERM, signal.SIGINT):
         started = time.monotonic()
         steps = len(metrics_of(folder)) if folder.exists() else 0
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--resume", "--output-dir", str(folder)],
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) <= steps:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *SMALL, "--resume", "--output-dir",
+             str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        file = folder / "metrics.jsonl"
+        while not file.is_file() or len(file.read_text().splitlines()) <= steps:
             assert process.poll() is None and time.monotonic() < started + 120
             time.sleep(0.002)
         process.send_signal(number)
@@ -197,20 +213,24 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
         assert process.returncode == 0 and done > steps
         assert (folder / "checkpoints" / f"step-{done}" / ".metadata").is_file()
         if done < 4:
-            assert f"stopped after step {done} of 4; go on with: torchrun train.py --resume --output-dir {folder}" in said
+            assert (f"stopped after step {done} of 4; go on with: torchrun train.py --resume "
+                    f"--output-dir {folder}") in said
     trainer.train(prepare(folder, "--resume"))
     assert metrics_of(folder) == metrics_of(whole_run)
-    assert all(torch.equal(weights_of(folder)[name], tensor) for name, tensor in weights_of(whole_run).items())
+    assert all(torch.equal(weights_of(folder)[name], tensor)
+               for name, tensor in weights_of(whole_run).items())
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_worker_that_is_killed(tmp_path, restarts):
-    """torchrun starts the processes again and they go on by themselves; without restarts all of them end soon."""
+def test_a_killed_worker_restarts_or_ends_the_run(tmp_path, restarts):
+    """torchrun starts the processes again and they resume the run; without restarts it ends all of
+    them soon."""
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
-         "--master-port", str(random.randint(20000, 60000)), str(ROOT / "train.py"), *SMALL, "--steps", "6",
-         "--output-dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--max-restarts", str(restarts), "--master-port", str(random.randint(20000, 60000)),
+         str(ROOT / "train.py"), *SMALL, "--steps", "6", "--output-dir", str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "step-2").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
@@ -220,32 +240,37 @@ def test_a_worker_that_is_killed(tmp_path, restarts):
     said, _ = process.communicate(timeout=60)
     if restarts:
         assert process.returncode == 0, said
-        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4, 5, 6] and (folder / "final").is_dir()
+        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4, 5, 6]
+        assert (folder / "final").is_dir()
     else:
         assert process.returncode == 1 and "exitcode  : -9" in said
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
-    """The limit on the size of files stands for a full disk: the checkpoint does not fit."""
+def test_a_full_disk_ends_the_run_with_a_message(tmp_path):
+    """A limit on the size of files takes the place of a full disk: the checkpoint exceeds it."""
     arguments = [*SMALL, "--eval-every", "0", "--output-dir", str(tmp_path / "run")]
-    run = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True,
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
     assert run.returncode == 1
-    assert f"error: {tmp_path / 'run'} could not be written" in run.stderr and "--resume --output-dir" in run.stderr
-    assert "Traceback" not in run.stderr and not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert f"error: {tmp_path / 'run'} could not be written" in run.stderr
+    assert "--resume --output-dir" in run.stderr and "Traceback" not in run.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
     trainer.train(prepare(tmp_path / "run", "--eval-every", "0", "--resume"))
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
-    run = prepare(tmp_path / "run", "--max-skipped", "2", "--steps", "9", "--checkpoint-every", "0", "--eval-every", "0")
+def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
+    run = prepare(tmp_path / "run", "--max-skipped", "2", "--steps", "9", "--checkpoint-every", "0",
+                  "--eval-every", "0")
     before, steps = [], []
 
     def loss(*arguments, **more):
         steps.append(0)
-        before[:] = before if len(steps) > 2 else [p.detach().clone() for p in run.model.parameters()]
+        if len(steps) <= 2:
+            before[:] = [p.detach().clone() for p in run.model.parameters()]
         value, metrics = icpo_loss(*arguments, **more)
-        return value * (math.nan if len(steps) != 2 else 1), metrics   # the second step alone is well
+        return value * (math.nan if len(steps) != 2 else 1), metrics   # only step 2 is finite
 
     icpo_loss = trainer.icpo_loss
     monkeypatch.setattr(trainer, "icpo_loss", loss)
@@ -255,30 +280,37 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     assert [row["skipped_updates"] for row in rows] == [1, 0, 1, 1]
     assert [row["grad_norm"] is None for row in rows] == [True, False, True, True]
     assert all(p.isfinite().all() for p in run.model.parameters())
-    assert any((p != old).any() for p, old in zip(run.model.parameters(), before))   # by the second step
-    assert {path.name for path in run.folder.glob("skipped*")} == {f"skipped-step-{n}.jsonl" for n in (1, 3, 4)}
-    batch = [json.loads(line) for line in (run.folder / "skipped-step-3.jsonl").read_text().splitlines()]
+    # Step 2 changed the weights.
+    assert any((p != old).any() for p, old in zip(run.model.parameters(), before))
+    assert {path.name for path in run.folder.glob("skipped*")} == {
+        f"skipped-step-{n}.jsonl" for n in (1, 3, 4)}
+    batch = [json.loads(line)
+             for line in (run.folder / "skipped-step-3.jsonl").read_text().splitlines()]
     assert len(batch) == 20 and all(len(row["tokens"]) == len(row["old_logprobs"]) for row in batch)
 
 
 def test_a_run_is_repeated_from_its_config(whole_run, tmp_path):
-    trainer.train(trainer.prepare([str(whole_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]))
+    trainer.train(trainer.prepare(
+        [str(whole_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]))
     assert metrics_of(tmp_path / "again") == metrics_of(whole_run)
 
 
-def test_moments_in_bfloat16(tmp_path):
-    """Half the memory, nearly the same path; and a resumed run is the one never interrupted."""
+def test_bfloat16_moments_train_alike_and_resume(tmp_path):
+    """The weights stay close to those with float32 moments, and a resumed run equals an
+    uninterrupted one."""
     gradient = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
-    optimizers = [trainer.AdamW([w], rest, lr=0.01, weight_decay=0) for w, rest in zip(weights, ("float32", "bfloat16"))]
-    for scale in [1.0] * 50 + [0.1] * 1500:   # the second moment falls, by a thousandth a step
+    optimizers = [trainer.AdamW([w], rest, lr=0.01, weight_decay=0)
+                  for w, rest in zip(weights, ("float32", "bfloat16"))]
+    for scale in [1.0] * 50 + [0.1] * 1500:   # the second moment falls by a thousandth each step
         grad = scale * (1 + torch.randn(64, 64, generator=gradient))
         for weight, optimizer in zip(weights, optimizers):
             weight.grad = grad.clone()
             optimizer.step()
     exact, rounded = (optimizer.state[weight] for weight, optimizer in zip(weights, optimizers))
     assert rounded["exp_avg"].dtype == rounded["exp_avg_sq"].dtype == torch.bfloat16
-    assert rounded["exp_avg_sq"].float().mean() == pytest.approx(exact["exp_avg_sq"].mean().item(), rel=0.01)
+    assert rounded["exp_avg_sq"].float().mean() == pytest.approx(
+        exact["exp_avg_sq"].mean().item(), rel=0.01)
     assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - 1).norm()
 
     for name in ("whole", "resumed"):
@@ -290,20 +322,22 @@ def test_moments_in_bfloat16(tmp_path):
                for name, tensor in weights_of(tmp_path / "whole").items())
 
 
-def test_a_reward_of_ones_own(tmp_path):
-    (tmp_path / "own.py").write_text("def short(responses, problems):\n    return [1 / len(text) for text in responses]\n"
-                                     "def wrong(responses, problems):\n    return [len(problems[0].gone)]\n")
+def test_a_custom_reward_scores_and_its_errors_name_the_line(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def short(responses, problems):\n    return [1 / len(text) for text in responses]\n"
+        "def wrong(responses, problems):\n    return [len(problems[0].gone)]\n")
     run = trainer.prepare([*SMALL, "--reward", f"{tmp_path}/own.py:short", "--errs", "false",
                            "--output-dir", str(tmp_path / "a")])
     metrics, rows = trainer.train_step(run, 0, lambda phase: None)
     assert all(row.reward == 1 / len(row.text) for row in rows) and metrics["verify_timeouts"] == 0
-    done = torchrun(*SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir", tmp_path / "b", check=False)
+    done = torchrun(*SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir", tmp_path / "b",
+                    check=False)
     assert done.returncode and f"{tmp_path}/own.py, line 4, in wrong: AttributeError" in done.stderr
     assert "When it is mended, go on with: torchrun train.py --resume" in done.stderr
 
 
 def test_rounding_at_random_keeps_the_mean():
-    x = torch.full((100_000,), 1 + 2 ** -9)   # a quarter of the way from 1 to the next bfloat16
+    x = torch.full((100_000,), 1 + 2 ** -9)   # x is 1/4 of the way from 1 to the next bfloat16
     rounded = trainer.round_at_random(x, seed=0)
     assert set(rounded.tolist()) == {1.0, 1 + 2 ** -7}
     assert (rounded > 1).float().mean().item() == pytest.approx(0.25, abs=0.005)
@@ -312,7 +346,8 @@ def test_rounding_at_random_keeps_the_mean():
 
 
 def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
-    """In one process, which joins a group for FSDP's mixed precision only once the settings of the run are known."""
+    """A single process joins the process group that FSDP's mixed precision needs only once it
+    knows the settings of the run."""
     torchrun(*SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
@@ -320,20 +355,22 @@ def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
     assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The procedure
 
-def test_the_run_folder(whole_run):
-    assert {path.name for path in whole_run.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints",
-                                                           "final", "curves.png"}
+def test_a_run_folder_holds_all_files_and_metrics(whole_run):
+    assert {path.name for path in whole_run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "final", "curves.png"}
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction", "ratio_max",
-                "logprob_gap", "kl", "grad_norm", "response_length", "tokens_per_second", "step_seconds",
-                "prefill_seconds", "decode_seconds", "slot_occupancy", "wasted_positions"}
+    promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction",
+                "ratio_max", "logprob_gap", "kl", "grad_norm", "response_length",
+                "tokens_per_second", "step_seconds", "prefill_seconds", "decode_seconds",
+                "slot_occupancy", "wasted_positions"}
     assert all(promised <= row.keys() for row in rows)
-    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4] and "eval_accuracy_before" in rows[0]
-    assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer are one model
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4]
+    assert "eval_accuracy_before" in rows[0]
+    assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer compute the same
     assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     load_model(whole_run / "final")
 
@@ -347,24 +384,28 @@ def test_the_run_folder(whole_run):
     (["--method", "icpo", "--errs", "false", "--group", "append", "--n-on", "3"], 4, 16, 16),
     (["--method", "icpo", "--errs-strict", "true"], 4, 20, 16),
     (["--method", "icpo", "--num-demonstrations", "0"], 4, 20, 16),
-    (["--method", "icpo-rs", "--errs", "false", "--max-new-tokens", "30", "--alpha", "0.5", "--bonus-steps", "8"], 4, 20, 16),
+    (["--method", "icpo-rs", "--errs", "false", "--max-new-tokens", "30", "--alpha", "0.5",
+      "--bonus-steps", "8"], 4, 20, 16),
     (["--delta", "0", "--max-new-tokens", "30"], 4, 20, 16),
-    (["--method", "icpo", "--advantage-eps", "0.5", "--std-unbiased", "false", "--temperature", "0.5"], 4, 20, 16),
+    (["--method", "icpo", "--advantage-eps", "0.5", "--std-unbiased", "false",
+      "--temperature", "0.5"], 4, 20, 16),
 ])
-def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
+def test_mixed_groups_follow_the_options(tmp_path, arguments, off_policy, sampled, kept):
     run = prepare(tmp_path / "run", *arguments)
     o = run.options
     step = 6 if o.bonus_steps == 8 else 0
     rows = trainer.sample_responses(run, run.model, step, trainer.make_prompts(run, step))
     bonus = trainer.mix(run, rows, step)
-    assert (len(rows), sum(row.off_policy for row in rows), sum(row.keep for row in rows)) == (sampled, off_policy, kept)
+    assert (len(rows), sum(row.off_policy for row in rows), sum(row.keep for row in rows)) == (
+        sampled, off_policy, kept)
     assert bonus == (o.alpha * (1 - step / o.bonus_steps) if o.method == "icpo-rs" else 0.0)
     for slot in range(4):
         group = [row for row in rows if row.slot == slot]
         problem = trainer.batch_problem(run, step, slot)
         shaped = []
         for row in group:
-            assert row.prompt == run.builder.plain(problem)   # what the objective conditions on, in every row
+            # The objective conditions every row on the plain prompt.
+            assert row.prompt == run.builder.plain(problem)
             right = row.text.endswith(f"\\boxed{{{problem.answer}}}")
             assert row.reward == right
             if row.off_policy:
@@ -373,7 +414,8 @@ def test_the_mixed_groups(tmp_path, arguments, off_policy, sampled, kept):
                 longer = len(row.behaviour_prompt) > len(row.prompt)
                 assert longer == (o.off_policy == "demonstrations" and o.num_demonstrations > 0)
                 if o.off_policy == "dataset":
-                    assert row.text == problem.expert_response and row.finished and not any(row.old_logprobs)
+                    assert row.text == problem.expert_response
+                    assert row.finished and not any(row.old_logprobs)
             else:
                 assert row.behaviour_prompt == row.prompt
             if row.keep:
@@ -395,7 +437,8 @@ def test_each_mini_batch_is_updated_with_its_own_questions(tmp_path, monkeypatch
 
 
 def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
-    """Old log-probabilities are those of [D; q] for off-policy rows: a second pass over these prompts gives the same."""
+    """The old log-probabilities of off-policy rows are conditional on [D; q]: a second pass over
+    these prompts gives the same."""
     run = prepare(tmp_path / "run")
     rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
     sampled = [list(row.old_logprobs) for row in rows]
@@ -404,18 +447,21 @@ def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
         assert row.old_logprobs == pytest.approx(before, abs=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [["--top-k", "1"], ["--top-p", "1e-6"], ["--temperature", "0.001"]])
+@pytest.mark.parametrize("arguments", [
+    ["--top-k", "1"], ["--top-p", "1e-6"], ["--temperature", "0.001"]])
 def test_the_sampling_options_reach_the_sampler(tmp_path, arguments):
-    """Each of these leaves a question one on-policy answer."""
+    """Each of these options makes all on-policy responses to a question equal."""
     run = prepare(tmp_path / "run", *arguments, "--old-logprobs", "recompute")
     rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
-    assert all(len({row.text for row in rows if row.slot == slot and not row.off_policy}) == 1 for slot in range(4))
+    for slot in range(4):
+        assert len({row.text for row in rows if row.slot == slot and not row.off_policy}) == 1
 
 
 def test_ief_off_is_grpo():
     options = trainer.resolve(trainer.parse_options(["--off-policy", "none"]))
     grpo = trainer.resolve(trainer.parse_options(["--method", "grpo"]))
-    assert {name for name in vars(options) if getattr(options, name) != getattr(grpo, name)} == {"method"}
+    assert {name for name in vars(options)
+            if getattr(options, name) != getattr(grpo, name)} == {"method"}
 
 
 def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
@@ -427,9 +473,10 @@ def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--method", "luffy"], ["--mini-batch-size", "2", "--old-logprobs", "recompute", "--top-p", "0.9"],
-    ["--normalizer", "micro-batch", "--group", "append", "--dual-clip", "3", "--log-ratio-clamp", "20",
-     "--clip-off-policy", "false", "--std-unbiased", "false", "--shaping", "false"],
+    ["--method", "luffy"],
+    ["--mini-batch-size", "2", "--old-logprobs", "recompute", "--top-p", "0.9"],
+    ["--normalizer", "micro-batch", "--group", "append", "--dual-clip", "3", "--log-ratio-clamp",
+     "20", "--clip-off-policy", "false", "--std-unbiased", "false", "--shaping", "false"],
     ["--method", "grpo", "--kl-coef", "0", "--eval-every", "0", "--checkpoint-every", "0"],
     ["--dtype", "bfloat16"]])
 def test_other_settings_train(tmp_path, arguments):
@@ -439,11 +486,12 @@ def test_other_settings_train(tmp_path, arguments):
     assert all(row["kl"] == 0 for row in rows) == ("--kl-coef" in arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Users' mistakes
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--batch-size", "6", "--mini-batch-size", "4"], "6 questions does not divide into mini-batches of 4"),
+    (["--batch-size", "6", "--mini-batch-size", "4"],
+     "6 questions does not divide into mini-batches of 4"),
     (["--n-on", "0"], "--n-on must be at least 1, not 0"),
     (["--temperature", "0"], "--temperature must be above 0"),
     (["--n-off", "0"], "--method grpo"),
@@ -453,12 +501,14 @@ def test_other_settings_train(tmp_path, arguments):
     (["--method", "luffy", "--off-policy-denominator", "behaviour"], "no known behaviour policy"),
     (["--max-prompt-length", "1000"], "pass the model's 1024 positions"),
     (["--max-prompt-length", "5"], "no held-out problems are left.* over 5 tokens"),
-    (["--max-prompt-length", "30"], "no training problems are left.*room for 1 demonstrations in 30 tokens"),
+    (["--max-prompt-length", "30"],
+     "no training problems are left.*room for 1 demonstrations in 30 tokens"),
     (["--batch-size", "4000"], "fewer than --batch-size 4000"),
     (["--train-data", "nowhere.jsonl"], "no data file at nowhere.jsonl"),
     (["--model", "./nowhere"], "no model at './nowhere'"),
     (["--demo-min-chars", "9999"], "only 0 of .* are usable"),
-    (["--micro-batch-tokens", "500"], "--micro-batch-tokens 500 does not hold one sequence of --max-prompt-length 512"),
+    (["--micro-batch-tokens", "500"],
+     "--micro-batch-tokens 500 does not hold one sequence of --max-prompt-length 512"),
     (["--optimizer-state", "cpu", "--device", "cpu"], "--optimizer-state cpu is for GPUs"),
     (["--offload-reference", "true", "--device", "cpu"], "--offload-reference true is for GPUs"),
 ])
@@ -475,30 +525,34 @@ def test_mistakes_end_before_training_and_say_what_was_given(tmp_path, arguments
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["none.yaml"], "no configuration file at none.yaml"),
 ])
-def test_misspelt_options(arguments, message, capsys):
+def test_invalid_options_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         trainer.parse_options(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_configuration_files(tmp_path, capsys):
+def test_the_command_line_overrides_a_configuration_file(tmp_path, capsys):
     file = tmp_path / "c.yaml"
-    file.write_text("learning_rate: 1e-6\nmethod: luffy\nchat_template: false\nshaping_lambda: null\n")
+    file.write_text("learning_rate: 1e-6\nmethod: luffy\nchat_template: false\n"
+                    "shaping_lambda: null\n")
     options = trainer.resolve(trainer.parse_options([str(file), "--method", "grpo"]))
     assert (options.learning_rate, options.method, options.chat_template) == (1e-6, "grpo", False)
     file.write_text("lerning_rate: 1e-6\n")
     with pytest.raises(SystemExit):
         trainer.parse_options([str(file)])
-    assert "c.yaml: unknown option 'lerning_rate'; did you mean learning_rate?" in capsys.readouterr().err
+    message = "c.yaml: unknown option 'lerning_rate'; did you mean learning_rate?"
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")),
+                         ids=lambda file: file.stem)
 def test_every_configuration_is_valid(file):
     trainer.resolve(trainer.parse_options([str(file)]))
 
 
 def test_two_processes_need_a_batch_that_divides_and_say_so_once(tmp_path):
-    run = torchrun(*SMALL, "--batch-size", "5", "--output-dir", tmp_path / "run", processes=2, check=False)
+    run = torchrun(*SMALL, "--batch-size", "5", "--output-dir", tmp_path / "run", processes=2,
+                   check=False)
     assert run.returncode and run.stderr.count("does not divide among 2 processes") == 1
     assert not (tmp_path / "run").exists()
 
@@ -510,14 +564,17 @@ def test_a_broken_line_names_file_and_line(tmp_path):
         prepare(tmp_path / "run", "--train-data", tmp_path / "broken.jsonl")
 
 
-def test_exclusions_are_counted_and_said(tmp_path, capsys):
+def test_exclusions_are_counted_and_reported(tmp_path, capsys):
     rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
     held_out = json.loads((TINY / "test.jsonl").read_text().splitlines()[0])
     long = rows[0] | {"problem": "+".join("1" * 300)}
-    held_out["problem"] = held_out["problem"].replace("+", " + ")   # written another way it is the same question
+    # Spaces do not make it another problem.
+    held_out["problem"] = held_out["problem"].replace("+", " + ")
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows[:20], held_out, long])))
-    (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
-    run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl", "--demonstrations", tmp_path / "demos.jsonl")
+    (tmp_path / "demos.jsonl").write_text(
+        "\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
+    run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl",
+                  "--demonstrations", tmp_path / "demos.jsonl")
     said = capsys.readouterr().out
     assert "left out: 1 of 22 training problems with a prompt over 512 tokens" in said
     assert "left out: 1 of 21 training problems that are held-out ones too" in said
@@ -525,7 +582,7 @@ def test_exclusions_are_counted_and_said(tmp_path, capsys):
     assert len(run.problems) == 20
 
 
-def test_a_model_without_an_end_of_text_token(tmp_path):
+def test_a_model_without_an_end_of_text_token_is_refused(tmp_path):
     shutil.copytree(TINY / "model", tmp_path / "model")
     for name, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
         content = json.loads((tmp_path / "model" / name).read_text())
@@ -535,7 +592,7 @@ def test_a_model_without_an_end_of_text_token(tmp_path):
         prepare(tmp_path / "run", "--model", tmp_path / "model")
 
 
-def test_a_folder_with_a_run_is_never_written_over(whole_run):
+def test_a_folder_with_a_run_is_never_overwritten(whole_run):
     with pytest.raises(ValueError, match="already holds a run: go on with it"):
         prepare(whole_run)
     with pytest.raises(ValueError, match="was run with seed: 0, not 7"):
@@ -561,11 +618,12 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [trainer.prepare([*SMALL, "--method", "grpo"]).folder.as_posix() for _ in range(2)]
     assert folders == ["runs/grpo-seed0", "runs/grpo-seed0-2"]
-    assert trainer.prepare([*SMALL, "--method", "grpo", "--resume"]).folder.as_posix() == "runs/grpo-seed0-2"
+    resumed = trainer.prepare([*SMALL, "--method", "grpo", "--resume"])
+    assert resumed.folder.as_posix() == "runs/grpo-seed0-2"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What benchmarks/train_step.py says of communication
+# --------------------------------------------------------------------------------------------------
+# Communication, compared with benchmarks/train_step.py
 
 COUNT_BYTES = """
 import json, sys
@@ -576,7 +634,8 @@ received = {{"gathered": 0, "reduced": 0}}
 
 def count(kind, collective):
     def counting(*arguments, **named):
-        sizes = [t.nbytes for t in [*arguments, *named.values()] if isinstance(t, torch.Tensor)]   # output and input
+        # The tensors are the collective's output and input.
+        sizes = [t.nbytes for t in [*arguments, *named.values()] if isinstance(t, torch.Tensor)]
         received[kind] += max(sizes) - min(sizes)
         return collective(*arguments, **named)
     return counting
@@ -585,7 +644,8 @@ run = trainer.prepare(sys.argv[1:])
 rows = trainer.sample_responses(run, trainer.gather_model(run.model, torch.float32), 0,
                                 trainer.my_share(run, trainer.make_prompts(run, 0)))
 trainer.mix(run, rows, 0)
-for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")),   # of newer and older releases
+# Newer and older releases of PyTorch use different names.
+for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")),
                     ("reduced", ("reduce_scatter_single", "reduce_scatter_tensor"))):
     for name in names:
         if hasattr(dist, name):
@@ -596,12 +656,14 @@ if trainer.is_main():
 """
 
 
-def test_the_bytes_that_travel_are_those_of_the_table(tmp_path):
+def test_the_bytes_sent_match_the_table(tmp_path):
     from benchmarks.train_step import communication, count_parameters
     (tmp_path / "count.py").write_text(COUNT_BYTES.format(root=str(ROOT)))
-    said = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           str(random.randint(20000, 60000)), str(tmp_path / "count.py"), *SMALL, "--kl-coef", "0",
-                           "--output-dir", str(tmp_path / "run")], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", str(random.randint(20000, 60000)), str(tmp_path / "count.py"), *SMALL,
+         "--kl-coef", "0", "--output-dir", str(tmp_path / "run")],
+        check=True, capture_output=True, text=True).stdout
     received = json.loads(said.splitlines()[-1])
     model, _ = load_model(TINY / "model")
     blocks, rest = count_parameters(model.config)

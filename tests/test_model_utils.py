@@ -1,4 +1,4 @@
-"""The Transformer against transformers' models of random weights, and the reading and writing of their folders."""
+"""Compares the Transformer with transformers' models, and tests reading and writing of folders."""
 
 import json
 import platform
@@ -23,8 +23,9 @@ from model_utils import (KVCache, ModelConfig, Transformer, load_model, pack, re
 from rollout import generate
 
 V, STOP = 100, 3
-LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                  "original_max_position_embeddings": 32}   # short, so that each of the three bands has a frequency
+# The original length is short, so that each of the three bands has a frequency.
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                  "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +35,15 @@ def offline(monkeypatch):
 
 def make_config(family="qwen3", **changes):
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
-    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=None)
+    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                 bos_token_id=None, eos_token_id=None)
     return kind(**shape | changes)
 
 
 def randomise(model, seed=0):
-    """Biases and norm weights too: left at 0 and 1 they would hide their being ignored."""
+    """Sets all parameters at random, biases and norm weights too: at 0 and 1 they would have no
+    effect, and a model that ignores them would pass."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,7 +52,7 @@ def randomise(model, seed=0):
 
 
 def make_folder(path, config, generation=None, **how):
-    """A folder as transformers writes it; returns the model it was written from."""
+    """Writes a folder as transformers does and returns the model written there."""
     hf = randomise(AutoModelForCausalLM.from_config(config)).eval()
     for name, value in (generation or {}).items():
         setattr(hf.generation_config, name, value)
@@ -68,7 +71,7 @@ def random_tokens(*shape, vocab=V, seed=0):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against transformers
 
 @pytest.mark.parametrize("family, changes", [
@@ -78,34 +81,40 @@ def random_tokens(*shape, vocab=V, seed=0):
     ("llama", dict(mlp_bias=True, rms_norm_eps=0.1)),
     ("llama", dict(rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16)),
     ("qwen2", {}),
-    ("qwen2", dict(num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    ("qwen2", dict(num_key_value_heads=1,
+                   rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     ("qwen2", dict(num_key_value_heads=4, head_dim=16, tie_word_embeddings=True)),
-    ("qwen3", {}),   # head_dim 128, by default
-    ("qwen3", dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, num_hidden_layers=3)),
+    ("qwen3", {}),   # head_dim is 128 by default
+    ("qwen3", dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+                   num_hidden_layers=3)),
     ("qwen3", dict(num_key_value_heads=4, head_dim=8, attention_bias=True)),
-    ("qwen3", dict(head_dim=16, rope_parameters=LLAMA3_SCALING | {"rope_theta": 1e3}, hidden_size=64)),
+    ("qwen3", dict(head_dim=16, rope_parameters=LLAMA3_SCALING | {"rope_theta": 1e3},
+                   hidden_size=64)),
 ], ids=str)
-def test_logits_and_greedy_generation(family, changes, tmp_path):
+def test_logits_and_greedy_generation_equal_those_of_transformers(family, changes, tmp_path):
     hf = make_folder(tmp_path, make_config(family, **changes))
     model, _ = load_model(tmp_path)
     tokens = random_tokens(3, 80)
     with torch.no_grad():
         assert_close(model(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
     prompts = tokens[:, :7]
-    expected = hf.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=64,
-                           pad_token_id=0)[:, 7:]
-    assert [c.tokens for c in generate(model, prompts.tolist(), temperature=0, max_new_tokens=64)] == expected.tolist()
+    expected = hf.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                           max_new_tokens=64, pad_token_id=0)[:, 7:].tolist()
+    completions = generate(model, prompts.tolist(), temperature=0, max_new_tokens=64)
+    assert [c.tokens for c in completions] == expected
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])
-def test_rope_settings_as_transformers_4_has_them(type_key, tmp_path):
+def test_rope_settings_of_transformers_4_are_read(type_key, tmp_path):
     config = make_config("llama", rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16)
     hf = make_folder(tmp_path, config)
     old = json.loads((tmp_path / "config.json").read_text())
     del old["rope_parameters"]
-    old |= {"rope_theta": 5e5, "rope_scaling": {type_key: "llama3"} | dict(list(LLAMA3_SCALING.items())[1:])}
-    assert ModelConfig.from_hf(SimpleNamespace(**old)) == ModelConfig.from_hf(config)   # its config object
-    (tmp_path / "config.json").write_text(json.dumps(old))                              # its config.json
+    old |= {"rope_theta": 5e5,
+            "rope_scaling": {type_key: "llama3"} | dict(list(LLAMA3_SCALING.items())[1:])}
+    # The config object of transformers 4 and its config.json both use these names.
+    assert ModelConfig.from_hf(SimpleNamespace(**old)) == ModelConfig.from_hf(config)
+    (tmp_path / "config.json").write_text(json.dumps(old))
     tokens = random_tokens(2, 80)
     with torch.no_grad():
         assert_close(load_model(tmp_path)[0](tokens), hf(tokens).logits, atol=1e-4, rtol=0)
@@ -123,21 +132,23 @@ def test_bfloat16_on_a_gpu_is_as_near_to_float32_as_transformers_is(tmp_path):
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean() + 1e-3
     completions = generate(model, tokens[:, :9].tolist(), n=2, max_new_tokens=32, seed=1)
     for prompt, completion in zip(tokens[:, :9].repeat_interleave(2, 0).tolist(), completions):
-        again = token_logprobs(model, torch.tensor([prompt + completion.tokens], device="cuda"))[0, 8:]
+        whole = torch.tensor([prompt + completion.tokens], device="cuda")
+        again = token_logprobs(model, whole)[0, 8:]
         assert (again.detach().cpu() - torch.tensor(completion.logprobs)).abs().mean() < 0.1
 
 
 def test_right_padding_does_not_change_the_real_positions():
     model, tokens, lengths = make_model(head_dim=16), random_tokens(3, 12), (12, 7, 1)
-    logits = model(tokens)   # what follows the real positions is as arbitrary as any padding
+    logits = model(tokens)   # the tokens past each length serve as padding
     for row, length in enumerate(lengths):
-        assert_close(logits[row, :length], model(tokens[row:row + 1, :length])[0], atol=1e-5, rtol=1e-5)
+        alone = model(tokens[row:row + 1, :length])[0]
+        assert_close(logits[row, :length], alone, atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders
 
-def test_sharded_folder(tmp_path):
+def test_a_sharded_folder_is_loaded(tmp_path):
     hf = make_folder(tmp_path, make_config(hidden_size=64), max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = random_tokens(2, 20)
@@ -146,24 +157,28 @@ def test_sharded_folder(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_save_model_writes_both_libraries_read(dtype, tied, tmp_path):
+def test_both_libraries_read_what_save_model_writes(dtype, tied, tmp_path):
     generation = {"eos_token_id": [7, 5], "temperature": 0.6, "do_sample": True}
-    make_folder(tmp_path / "a", make_config("llama", attention_bias=True, tie_word_embeddings=tied), generation)
+    config = make_config("llama", attention_bias=True, tie_word_embeddings=tied)
+    make_folder(tmp_path / "a", config, generation)
     model, tokenizer = load_model(tmp_path / "a", dtype=dtype)
     save_model(model, tokenizer, tmp_path / "new" / "b")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["b"]   # nothing is left of what was written aside
+    # No temporary folder remains.
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["b"]
 
     again, tokenizer_again = load_model(tmp_path / "new" / "b", dtype=dtype)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert again.stop_ids == model.stop_ids == (STOP, 5, 7)   # those of generation_config and of the tokenizer
+    # The ids come from generation_config and from the tokenizer.
+    assert again.stop_ids == model.stop_ids == (STOP, 5, 7)
     assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
 
     config = json.loads((tmp_path / "new" / "b" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "b", dtype=torch.float32)
-    assert theirs.generation_config.eos_token_id == [7, 5] and theirs.generation_config.temperature == 0.6
+    assert theirs.generation_config.eos_token_id == [7, 5]
+    assert theirs.generation_config.temperature == 0.6
     tokens = random_tokens(2, 20)
     assert_close(theirs(tokens).logits, model.float()(tokens), atol=1e-4, rtol=0)
 
@@ -178,22 +193,23 @@ def test_save_model_refuses_an_existing_path(tmp_path):
 
 @pytest.mark.parametrize("config_stops, generation_stops, expected", [
     (None, None, (STOP,)), (9, None, (STOP, 9)), (9, 8, (STOP, 8)), (None, [8, STOP], (STOP, 8))])
-def test_stop_ids(config_stops, generation_stops, expected, tmp_path):
+def test_stop_ids_join_tokenizer_and_configs(config_stops, generation_stops, expected, tmp_path):
     make_folder(tmp_path, make_config(eos_token_id=config_stops))
     if generation_stops is None:
         (tmp_path / "generation_config.json").unlink()
     else:
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_stops}))
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": generation_stops}))
     assert load_model(tmp_path)[0].stop_ids == expected
 
 
-def test_harmless_extra_tensors_are_passed_over(tmp_path):
+def test_harmless_extra_tensors_are_ignored(tmp_path):
     make_folder(tmp_path, make_config(tie_word_embeddings=True))
     embeddings = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     edit_tensor(tmp_path, "lm_head.weight", embeddings.clone())
     edit_tensor(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
     assert "lm_head.weight" not in load_model(tmp_path)[0].state_dict()
-    edit_tensor(tmp_path, "lm_head.weight", embeddings + 1)   # no copy: transformers would use it
+    edit_tensor(tmp_path, "lm_head.weight", embeddings + 1)   # transformers would use this one
     with pytest.raises(ValueError, match="lm_head.weight is another tensor"):
         load_model(tmp_path)
 
@@ -204,7 +220,7 @@ def edit_config(folder, **changes):
 
 
 def edit_tensor(folder, name, tensor=None):
-    """Put `tensor` in place of the one of this name, or beside the others; None takes it out."""
+    """Replaces or adds the tensor of this name; None removes it."""
     files = sorted(folder.glob("*.safetensors"))
     file = next((file for file in files if name in load_file(file)), files[0])
     tensors = load_file(file) | {name: tensor}
@@ -222,23 +238,30 @@ def sound_folder(tmp_path_factory):
     (lambda f: edit_config(f, model_type="gpt2"), "'gpt2'"),
     (lambda f: edit_config(f, model_type=None), "None"),
     (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "quantization_config"),
-    (lambda f: edit_config(f, use_sliding_window=True, sliding_window=16, max_window_layers=0), "use_sliding_window"),
-    (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "'yarn'"),
+    (lambda f: edit_config(f, use_sliding_window=True, sliding_window=16, max_window_layers=0),
+     "use_sliding_window"),
+    (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "factor": 4.0,
+                                               "rope_theta": 1e4}), "'yarn'"),
     (lambda f: edit_config(f, hidden_act="gelu"), "'gelu'"),
     (lambda f: edit_tensor(f, "model.norm.weight"), "lacks 1 tensor: model.norm.weight"),
-    (lambda f: edit_tensor(f, "lm_head.weight", torch.ones(V, 31)), r"lm_head.weight .*\[100, 31\].*\[100, 32\]"),
-    (lambda f: edit_tensor(f, "model.layers.2.extra", torch.ones(1)), "1 tensor: model.layers.2.extra"),
-    (lambda f: edit_config(f, num_hidden_layers=3, layer_types=None), r"lacks 12 tensors: model.layers.2.*, …"),
+    (lambda f: edit_tensor(f, "lm_head.weight", torch.ones(V, 31)),
+     r"lm_head.weight .*\[100, 31\].*\[100, 32\]"),
+    (lambda f: edit_tensor(f, "model.layers.2.extra", torch.ones(1)),
+     "1 tensor: model.layers.2.extra"),
+    (lambda f: edit_config(f, num_hidden_layers=3, layer_types=None),
+     r"lacks 12 tensors: model.layers.2.*, …"),
     (lambda f: edit_config(f, num_key_value_heads=4), r"k_proj.* \[16\].*\[32\]"),
     (lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(), "model-00002-of-.* is missing"),
     (lambda f: [file.unlink() for file in f.glob("model*")], "no .safetensors file"),
     (lambda f: (f / "config.json").unlink(), "has no config.json"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: .*JSON"),
-    (lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}), "config.json: "),
-    (lambda f: sorted(f.glob("*.safetensors"))[0].write_text("version https://git-lfs"), "model-00001-of-.*safetensors: "),
+    (lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "factor": 8.0,
+                                               "rope_theta": 1e4}), "config.json: "),
+    (lambda f: sorted(f.glob("*.safetensors"))[0].write_text("version https://git-lfs"),
+     "model-00001-of-.*safetensors: "),
     (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "the tokenizer of "),
 ], ids=lambda x: x if isinstance(x, str) else "")
-def test_a_folder_that_cannot_be_loaded(spoil, culprit, sound_folder, tmp_path):
+def test_an_unusable_folder_is_refused_with_its_reason(spoil, culprit, sound_folder, tmp_path):
     folder = shutil.copytree(sound_folder, tmp_path / "m")
     load_model(folder)
     spoil(folder)
@@ -247,12 +270,12 @@ def test_a_folder_that_cannot_be_loaded(spoil, culprit, sound_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-model", "/no/such/folder", "no such name"])
-def test_no_model_of_that_name(name):
+def test_a_name_without_a_model_is_refused(name):
     with pytest.raises(ValueError, match=f"no model at '{name}'"):
         load_model(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # token_logprobs
 
 def full_logprobs(model, tokens, temperature):
@@ -271,7 +294,8 @@ def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, m
     inside = mask if masked else torch.ones(3, 10)
 
     expected, expected_entropy = full_logprobs(model, tokens, temperature)
-    logprobs, entropy = token_logprobs(model, tokens, temperature, mask, chunk_size, return_entropy=True)
+    logprobs, entropy = token_logprobs(model, tokens, temperature, mask, chunk_size,
+                                       return_entropy=True)
     assert_close(logprobs, expected * inside, atol=1e-5, rtol=0)
     assert_close(entropy, (expected_entropy * inside).detach(), atol=1e-5, rtol=0)
     assert not entropy.requires_grad
@@ -285,15 +309,15 @@ def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, m
 
 def test_an_empty_mask_gives_zeros_and_zero_gradients():
     model = make_model(head_dim=16)
-    logprobs, entropy = token_logprobs(model, random_tokens(2, 5), mask=torch.zeros(2, 4, dtype=torch.bool),
-                                       return_entropy=True)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    logprobs, entropy = token_logprobs(model, random_tokens(2, 5), mask=mask, return_entropy=True)
     assert logprobs.tolist() == entropy.tolist() == [[0.0] * 4] * 2
     logprobs.sum().backward()
-    for name, parameter in model.named_parameters():   # FSDP waits for a gradient of each of them
+    for name, parameter in model.named_parameters():   # FSDP needs a gradient for each parameter
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-ROWS = {   # (prompts, lengths of the responses)
+ROWS = {   # name: (prompts, lengths of the responses)
     "one": ([[5]], [1]),
     "none shared": ([[5, 6, 7], [8], [9, 10]], [4, 7, 2]),
     "all shared": ([[5, 6, 7, 8, 9]] * 5, [1, 30, 9, 4, 4]),
@@ -302,16 +326,19 @@ ROWS = {   # (prompts, lengths of the responses)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("wrapped", [{}, {"recompute": "all"}, {"recompute": "cheap"}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("wrapped", [{}, {"recompute": "all"}, {"recompute": "cheap"},
+                                     {"compile": True}], ids=str)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_packed_rows_are_as_each_row_alone(rows, wrapped, temperature):
-    """In float64, outputs and gradients; also where blocks are computed again in the backward pass, or compiled."""
+def test_a_packing_gives_the_same_as_each_row_alone(rows, wrapped, temperature):
+    """Compares outputs and gradients in float64, also with blocks that are recomputed in the
+    backward pass or compiled."""
     if "compile" in wrapped and (rows, temperature) != ("some", 0.6):
-        pytest.skip("compiling takes long: once is enough")
+        pytest.skip("compiling is slow, so only one case compiles")
     model = make_model(head_dim=16).double()
     prompts, lengths = ROWS[rows]
     responses = [random_tokens(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
-    weights = torch.randn(len(prompts), max(lengths), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(len(prompts), max(lengths), dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(1))
     expected, loss = [], 0
     for prompt, response, weight in zip(prompts, responses, weights):
         logprobs, entropy = full_logprobs(model, torch.tensor([prompt + response]), temperature)
@@ -323,7 +350,8 @@ def test_packed_rows_are_as_each_row_alone(rows, wrapped, temperature):
     packing = pack(prompts, responses)
     logprobs, entropy = response_logprobs(model, packing, temperature, chunk_size=3)
     for i, (row, row_entropy) in enumerate(expected):
-        assert packing.mask[i].tolist() == [True] * lengths[i] + [False] * (max(lengths) - lengths[i])
+        assert packing.mask[i].tolist() == (
+            [True] * lengths[i] + [False] * (max(lengths) - lengths[i]))
         assert_close(logprobs[i, :lengths[i]].double(), row, atol=1e-5, rtol=0)
         assert_close(entropy[i, :lengths[i]].double(), row_entropy.detach(), atol=1e-5, rtol=0)
     assert not logprobs[~packing.mask].any() and not entropy.requires_grad
@@ -334,15 +362,15 @@ def test_packed_rows_are_as_each_row_alone(rows, wrapped, temperature):
 
 @pytest.mark.parametrize("prompts, lengths, positions, shared", [
     ([[5, 6, 7]] * 4, [2, 2, 2, 2], 3 + 4, 9),
-    ([[5, 6, 7], [5, 6], [5, 6, 7]], [2, 2, 2], 8 + 3, 0),   # only rows that follow one another
+    ([[5, 6, 7], [5, 6], [5, 6, 7]], [2, 2, 2], 8 + 3, 0),   # only neighbouring rows share a prompt
 ])
-def test_a_prompt_is_packed_once(prompts, lengths, positions, shared):
+def test_neighbouring_rows_share_a_prompt(prompts, lengths, positions, shared):
     packing = pack(prompts, [[9] * length for length in lengths])
     assert (packing.tokens.shape, packing.shared) == ((1, positions), shared)
     assert len(packing.targets) == sum(lengths)
 
 
-def test_little_of_a_packing_is_padding():
+def test_padding_is_a_small_part_of_a_packing():
     lengths = list(range(1, 200, 3))
     packing = pack([[5, 6]] * len(lengths), [[9] * length for length in lengths])
     places = sum(bucket.numel() for bucket in packing.buckets)
@@ -350,7 +378,7 @@ def test_little_of_a_packing_is_padding():
 
 
 @pytest.mark.parametrize("prompts, responses", [([[5], []], [[6], [6]]), ([[5], [5]], [[6], []])])
-def test_pack_refuses(prompts, responses):
+def test_pack_refuses_an_empty_prompt_or_response(prompts, responses):
     with pytest.raises(ValueError, match="row 1 has a prompt of"):
         pack(prompts, responses)
 
@@ -360,19 +388,22 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        self.numel = max([self.numel] + [t.numel() for t in tree_leaves(out)
+                                         if isinstance(t, torch.Tensor)])
         return out
 
 
 def measure(logprobs_of):
-    """Largest tensor made forward, largest made backward, and elements kept from the one for the other."""
+    """Returns the sizes of the largest tensors made in the forward and in the backward pass, and
+    the number of elements that the forward pass saves for the backward pass."""
     kept = {}
 
     def pack(tensor):
         kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
-    with LargestTensor() as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with LargestTensor() as forward, hooks:
         total = logprobs_of().sum()
     with LargestTensor() as backward:
         total.backward()
@@ -381,33 +412,37 @@ def measure(logprobs_of):
 
 @pytest.mark.parametrize("B, T, chunk_size", [(2, 3, 1024), (2, 16, 1024), (3, 32, 5)])
 def test_the_full_logits_are_never_held(B, T, chunk_size):
-    vocab = 5000   # so many that two positions' logits are as large as the head, of two dimensions
-    model = make_model(vocab, hidden_size=2, intermediate_size=2, num_attention_heads=1, num_key_value_heads=1,
-                       head_dim=2, num_hidden_layers=1)
+    vocab = 5000   # the head has 2 * 5000 weights, as many as two positions have logits
+    model = make_model(vocab, hidden_size=2, intermediate_size=2, num_attention_heads=1,
+                       num_key_value_heads=1, head_dim=2, num_hidden_layers=1)
     tokens = random_tokens(B, T + 1, vocab=vocab)
     whole = B * T * vocab
-    assert min(measure(lambda: full_logprobs(model, tokens, 1.0)[0])) >= whole   # the measure sees them where they are
+    # The measure detects full logits.
+    assert min(measure(lambda: full_logprobs(model, tokens, 1.0)[0])) >= whole
     assert max(measure(lambda: token_logprobs(model, tokens, chunk_size=chunk_size))) <= whole / 2
 
 
-def test_finite_differences():
-    """The softmax is in float32 whatever the model's dtype is, hence the wide step and tolerance."""
-    model = make_model(vocab=5, hidden_size=4, intermediate_size=4, num_attention_heads=2, num_key_value_heads=1,
-                       head_dim=2, num_hidden_layers=1).double()
-    tokens, mask = random_tokens(2, 4, vocab=5), torch.tensor([[True, True, False], [False, True, True]])
+def test_gradients_equal_finite_differences():
+    """The step and the tolerances are wide because the softmax is in float32 for every dtype."""
+    model = make_model(vocab=5, hidden_size=4, intermediate_size=4, num_attention_heads=2,
+                       num_key_value_heads=1, head_dim=2, num_hidden_layers=1).double()
+    tokens = random_tokens(2, 4, vocab=5)
+    mask = torch.tensor([[True, True, False], [False, True, True]])
 
     def logprobs(*parameters):
-        return torch.func.functional_call(model, dict(zip(names, parameters)), (tokens[:, :-1], tokens[:, 1:]),
-                                          dict(temperature=0.8, mask=mask, chunk_size=2))[0]
+        return torch.func.functional_call(
+            model, dict(zip(names, parameters)), (tokens[:, :-1], tokens[:, 1:]),
+            dict(temperature=0.8, mask=mask, chunk_size=2))[0]
 
     names, parameters = zip(*model.named_parameters())
-    assert torch.autograd.gradcheck(logprobs, parameters, eps=3e-3, atol=1e-3, rtol=1e-3, nondet_tol=1e-6)
+    assert torch.autograd.gradcheck(logprobs, parameters, eps=3e-3, atol=1e-3, rtol=1e-3,
+                                    nondet_tol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The copy to sample with
 
-def test_gather_model():
+def test_gather_model_makes_a_frozen_copy():
     model = make_model(head_dim=16, tie_word_embeddings=True)
     model.stop_ids = (1, 2)
     assert gather_model(model, torch.float32) is model
@@ -418,30 +453,33 @@ def test_gather_model():
         assert torch.equal(copy.state_dict()[name], tensor.bfloat16()), name
 
 
-def test_what_a_killed_save_left_behind_does_not_get_into_the_next(tmp_path):
+def test_the_remains_of_a_killed_save_do_not_enter_the_next_one(tmp_path):
     (tmp_path / ".m.partial").mkdir()
     (tmp_path / ".m.partial" / "generation_config.json").write_text('{"eos_token_id": [77]}')
     make_folder(tmp_path / "source", make_config())
     model, tokenizer = load_model(tmp_path / "source")
     model.generation_config = None
     save_model(model, tokenizer, tmp_path / "m")
-    assert load_model(tmp_path / "m")[0].stop_ids == model.stop_ids and not (tmp_path / ".m.partial").exists()
+    assert load_model(tmp_path / "m")[0].stop_ids == model.stop_ids
+    assert not (tmp_path / ".m.partial").exists()
 
 
 @pytest.mark.parametrize("shape, temperature", [((2, 1), 1.0), ((2, 3), 0.0)])
-def test_token_logprobs_refuses(shape, temperature):
+def test_token_logprobs_refuses_one_token_or_temperature_0(shape, temperature):
     with pytest.raises(ValueError, match=f"not {shape[1]} and {temperature}"):
         token_logprobs(make_model(), random_tokens(*shape), temperature)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or platform.machine() != "x86_64", reason="needs oneDNN on x86")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or platform.machine() != "x86_64",
+                    reason="needs oneDNN on x86")
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_packed_weights_compute_the_same_and_come_back(tied, inference):
-    model = make_model(vocab=1000, hidden_size=384, intermediate_size=1400, attention_bias=True, tie_word_embeddings=tied)
+def test_reordered_weights_compute_the_same_and_are_restored(tied, inference):
+    model = make_model(vocab=1000, hidden_size=384, intermediate_size=1400, attention_bias=True,
+                       tie_word_embeddings=tied)
     tokens = torch.randint(0, 1000, (3, 7), generator=torch.Generator().manual_seed(0))
     parameters = list(model.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
@@ -450,8 +488,10 @@ def test_packed_weights_compute_the_same_and_come_back(tied, inference):
     linears = [module for module in model.modules() if hasattr(module, "packed")]
     with torch.inference_mode(inference), pytest.raises(KeyboardInterrupt), pack_weights(model):
         assert all(module.weight.numel() == 0 for module in linears)
-        assert {name.split(".")[-1] for name, module in model.named_modules() if module in linears and module.packed} == {
-            "q_proj", "o_proj", "gate_proj", "down_proj", *([] if tied else ["lm_head"])}   # alone, or first of one product
+        # A product of several layers is stored in the first of them.
+        assert {name.split(".")[-1] for name, module in model.named_modules()
+                if module in linears and module.packed} == {
+                    "q_proj", "o_proj", "gate_proj", "down_proj", *([] if tied else ["lm_head"])}
         cache = KVCache(model.config, 3, 7, "cpu", torch.float32)
         with torch.no_grad():
             assert_close(model.logits(model.extend(tokens, cache)), whole, rtol=1e-4, atol=1e-4)
@@ -466,24 +506,27 @@ def test_packed_weights_compute_the_same_and_come_back(tied, inference):
 @pytest.mark.parametrize("span", [None, 9])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_extending_a_cache_in_parts_equals_one_pass(family, span):
-    """Three sequences in scattered slots: prefill padded, more tokens, then one at a time from the first slots."""
+    """Three sequences in scattered cache slots get a padded prefill, then more tokens, and then,
+    moved to the first slots, one token at a time."""
     model = make_model(family=family)
     g = torch.Generator().manual_seed(1)
     sequences = [torch.randint(0, V, (9,), generator=g) for _ in range(3)]
     cache = KVCache(model.config, 5, 12, "cpu", torch.float32)
     with torch.inference_mode():
-        whole = model(torch.stack(sequences))                                                     # [3, 9, V]
-        first, second = [2, 5, 3], [7, 8, 4]   # where the parts end; the third row has one token in the second
+        whole = model(torch.stack(sequences))   # [3, 9, V]
+        first, second = [2, 5, 3], [7, 8, 4]   # the parts end here; part 2 of row 2 is 1 token
         slots = torch.tensor([2, 0, 4])
         width = max(first)
-        hidden = model.extend(torch.stack([F.pad(s[:e], (0, width - e)) for s, e in zip(sequences, first)]), cache, slots)
+        rows = [F.pad(s[:e], (0, width - e)) for s, e in zip(sequences, first)]
+        hidden = model.extend(torch.stack(rows), cache, slots)
         for i, end in enumerate(first):
             assert_close(model.logits(hidden[i, :end]), whole[i, :end], rtol=1e-4, atol=1e-4)
         width = max(b - a for a, b in zip(first, second))
         rows = [F.pad(s[a:b], (0, width - (b - a))) for s, a, b in zip(sequences, first, second)]
         hidden = model.extend(torch.stack(rows), cache, slots, torch.tensor(first), span)
         for i, (start, end) in enumerate(zip(first, second)):
-            assert_close(model.logits(hidden[i, :end - start]), whole[i, start:end], rtol=1e-4, atol=1e-4)
+            assert_close(model.logits(hidden[i, :end - start]), whole[i, start:end],
+                         rtol=1e-4, atol=1e-4)
         cache.copy(slots, torch.tensor([0, 1, 2]), 9)
         for _ in range(2):
             tokens = torch.stack([s[min(e, 8)] for s, e in zip(sequences, second)])[:, None]

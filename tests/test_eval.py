@@ -29,48 +29,56 @@ def embedded():
 
 
 def record(score, answer="1", finished=True, tokens=10):
-    return {"id": "p", "response": rf"\boxed{{{answer}}}", "score": score, "finished": finished, "tokens": tokens}
+    return {"id": "p", "response": rf"\boxed{{{answer}}}", "score": score, "finished": finished,
+            "tokens": tokens}
 
 
-def test_summary_by_hand():
-    records = [record(1.0, "7"), record(0.0, "5"), record(0.0, "5", finished=False, tokens=20), record(1.0, "7.0"),   # 5 wins
+def test_a_summary_equals_one_computed_by_hand():
+    records = [record(1.0, "7"), record(0.0, "5"), record(0.0, "5", finished=False, tokens=20),
+               record(1.0, "7.0"),
                record(1.0, "3"), record(1.0, "3"), record(0.0, "4"), record(1.0, "3"),
                record(0.0, "1"), record(0.0, "2"), record(0.0, "3"), record(0.0, "4")]
     summary = summarise(records, samples=4, ks=[1, 2, 4])
-    # Right are 2, 3 and 0 of 4: of two answers none is with probability 2/4·1/3, 0 and 1. 7 and 7.0 are one answer, as common
-    # as 5 and before it. Problem means 1/2, 3/4, 0 vary as 5/12·7/12 / (0.145833/3) = 5 trials would: Wilson's interval.
-    assert summary == pytest.approx({"problems": 3, "accuracy": 5 / 12, "low": 0.12589, "high": 0.77985, "pass@1": 5 / 12,
-                                     "pass@2": (5 / 6 + 1 + 0) / 3, "pass@4": 2 / 3, "majority": 2 / 3, "tokens": 130 / 12,
-                                     "truncated": 1 / 12}, rel=1e-4)
+    # 2, 3 and 0 of 4 responses are right, so two drawn ones are both wrong with probability
+    # 2/4 * 1/3, 0 and 1. 7 and 7.0 are one answer, which is as common as 5 and comes before it. The
+    # problem means 1/2, 3/4 and 0 vary like those of 5/12 * 7/12 / (0.145833/3) = 5 independent
+    # trials, so Wilson's interval is that of 5 trials.
+    assert summary == pytest.approx({
+        "problems": 3, "accuracy": 5 / 12, "low": 0.12589, "high": 0.77985, "pass@1": 5 / 12,
+        "pass@2": (5 / 6 + 1 + 0) / 3, "pass@4": 2 / 3, "majority": 2 / 3, "tokens": 130 / 12,
+        "truncated": 1 / 12}, rel=1e-4)
 
 
-@pytest.mark.parametrize("means, low, high", [   # of Wilson's interval for 0 and 10 of 10; the normal one for other scores
-    ([0.0] * 10, 0.0, 0.2775), ([1.0] * 10, 0.7225, 1.0), ([3.0, 5.0], 4 - 1.96, 4 + 1.96), ([0.5], 0.0546, 0.9454)])
-def test_interval(means, low, high):
+# Scores from 0 to 1 have Wilson's interval, others the normal one.
+@pytest.mark.parametrize("means, low, high", [
+    ([0.0] * 10, 0.0, 0.2775), ([1.0] * 10, 0.7225, 1.0), ([3.0, 5.0], 4 - 1.96, 4 + 1.96),
+    ([0.5], 0.0546, 0.9454)])
+def test_the_interval_is_wilsons_or_the_normal_one(means, low, high):
     assert interval(means) == pytest.approx((low, high), abs=1e-3)
 
 
 def test_an_interval_holds_its_mean():
-    """In spite of rounding: a picture of it would not be drawn."""
+    """Rounding does not put the mean outside: matplotlib refuses negative error bars."""
     for n in range(1, 300):
         for mean in (0.0, 1.0):
             low, high = interval([mean] * n)
             assert 0 <= low <= mean <= high <= 1
 
 
-def test_no_answer_is_no_vote():
+def test_a_response_without_an_answer_has_no_vote():
     none = {"id": "p", "response": "no box", "score": 0.0, "finished": True, "tokens": 2}
     assert summarise([none, none, record(1.0, "7")], samples=3)["majority"] == 1.0
     assert summarise([none, none], samples=2)["majority"] == 0.0
 
 
-def test_an_earlier_of_two_equally_common_answers_is_the_majority():
+def test_the_earlier_of_two_equally_common_answers_is_the_majority():
     assert summarise([record(1.0, "7"), record(0.0, "5")], samples=2)["majority"] == 1.0
     assert summarise([record(0.0, "5"), record(1.0, "7")], samples=2)["majority"] == 0.0
 
 
-def test_the_embedded_model_is_what_the_method_rests_on(embedded):
-    """Asked plainly it mostly answers at once and mostly wrong; with an example it works the problem out, mostly right."""
+def test_demonstrations_help_the_embedded_model(embedded):
+    """Without an example the model mostly answers at once and wrongly; with one it works the
+    problem out and is mostly right."""
     model, builder, problems = embedded
     assert sum(p.numel() for p in model.parameters()) <= 3e6
     pool = load_problems(TINY / "demonstrations.jsonl", needs=("solution",))
@@ -81,12 +89,12 @@ def test_the_embedded_model_is_what_the_method_rests_on(embedded):
     assert summarise(plain, 1)["accuracy"] <= 0.25 and summarise(steered, 1)["accuracy"] >= 0.75
     assert sum(r["response"].startswith("\\boxed{") for r in plain) > 0.9 * len(plain)
     assert sum(r["response"].startswith("\\boxed{") for r in steered) < 0.1 * len(steered)
-    # No held-out problem stands among those to learn from.
+    # No held-out problem is among the training problems and the demonstrations.
     others = load_problems(TINY / "train.jsonl", needs=("expert_response",)) + pool
     assert not {p.problem for p in problems} & {p.problem for p in others}
 
 
-def test_an_evaluation_depends_on_seed_and_problem_alone(embedded):
+def test_an_evaluation_depends_only_on_seed_and_problem(embedded):
     model, builder, problems = embedded
     one = evaluate(model, builder, problems[:6], samples=3, max_new_tokens=48, slots=4)
     two = evaluate(model, builder, problems[:4], samples=3, max_new_tokens=48)
@@ -95,105 +103,124 @@ def test_an_evaluation_depends_on_seed_and_problem_alone(embedded):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(data=["nowhere.jsonl"]), "no data file at nowhere.jsonl"), (dict(model="./nowhere"), "no model at './nowhere'"),
-    (dict(shots=[0, -1]), "at least 0"), (dict(samples=0), "at least 1"), (dict(k=[2]), "k from 1 to the number of samples, 1"),
+    (dict(data=["nowhere.jsonl"]), "no data file at nowhere.jsonl"),
+    (dict(model="./nowhere"), "no model at './nowhere'"), (dict(shots=[0, -1]), "at least 0"),
+    (dict(samples=0), "at least 1"), (dict(k=[2]), "k from 1 to the number of samples, 1"),
     (dict(data=["tiny", "tiny"]), "names one twice"), (dict(reward="gone.py:f"), "names no file"),
-    (dict(output="x.json"), "give x.jsonl, not x.json"), (dict(max_new_tokens=1024), "tiny has 1024 positions"),
+    (dict(output="x.json"), "give x.jsonl, not x.json"),
+    (dict(max_new_tokens=1024), "tiny has 1024 positions"),
     (dict(max_prompt_length=5), "no problem of tiny is left: every prompt passes 5 tokens")])
-def test_mistakes(change, message):
+def test_invalid_options_are_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare(Options(**change))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_command(tmp_path, processes):
-    """From another folder, in one process and in two: the same table and samples."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-               str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "1", "--limit", "12"]
+def test_the_command_writes_the_table_and_samples(tmp_path, processes):
+    """One process and two, started in another folder, give the same table and samples."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+               "--master-port", str(random.randint(20000, 60000)), str(ROOT / "eval.py"),
+               "--shots", "0", "1", "--limit", "12"]
     done = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True)
     table = [line.split() for line in done.stdout.splitlines()[1:4]]
-    assert " ".join(table[0]) == "data shots temperature problems avg@1 95 % interval pass@1 maj@1 tokens truncated"
+    assert " ".join(table[0]) == (
+        "data shots temperature problems avg@1 95 % interval pass@1 maj@1 tokens truncated")
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert [row["shots"] for row in rows] == [0] * 12 + [1] * 12
     for line, part in zip(table[1:], (rows[:12], rows[12:])):
         assert line[4] == f"{sum(row['score'] for row in part) / 12:.1%}"
     model, tokenizer = load_model(TINY / "model")
-    alone = evaluate(model, PromptBuilder(tokenizer), load_problems(TINY / "test.jsonl")[:12], max_new_tokens=48)
+    alone = evaluate(model, PromptBuilder(tokenizer), load_problems(TINY / "test.jsonl")[:12],
+                     max_new_tokens=48)
     assert [row["response"] for row in rows[:12]] == [row["response"] for row in alone]
 
 
 def command(tmp_path, *arguments, **more):
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "--limit", "100", "--samples", "2", *map(str, arguments)],
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "--limit", "100",
+                           "--samples", "2", *map(str, arguments)],
                           cwd=tmp_path, text=True, capture_output=True, **more)
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
-    """From a file that ends in the middle of a problem, and of a line; other settings and a changed model are refused."""
+    """The file ends in the middle of a problem and of a line. Other settings get another file and
+    are refused where --output names this one."""
     whole = command(tmp_path, "--shots", 0, check=True).stdout
     text = (tmp_path / "eval.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(lines[:151]) + lines[151][:20])
     again = command(tmp_path, "--shots", 0, check=True)
     assert (tmp_path / "eval.jsonl").read_text() == text and again.stdout == whole
-    more = command(tmp_path, "--shots", 0, 1, check=True)   # another row: only that is sampled
-    assert (tmp_path / "eval.jsonl").read_text().startswith(text) and whole.splitlines()[2] in more.stdout
+    more = command(tmp_path, "--shots", 0, 1, check=True)   # only the new row is sampled
+    assert (tmp_path / "eval.jsonl").read_text().startswith(text)
+    assert whole.splitlines()[2] in more.stdout
     assert len(json.loads((tmp_path / "eval.json").read_text())["rows"]) == 2
-    assert "eval-2.jsonl" in command(tmp_path, "--shots", 0, "--seed", 1, "--limit", 4, check=True).stdout
+    other = command(tmp_path, "--shots", 0, "--seed", 1, "--limit", 4, check=True)
+    assert "eval-2.jsonl" in other.stdout
     refused = command(tmp_path, "--shots", 0, "--seed", 1, "--output", "eval.jsonl")
     assert refused.returncode == 2 and "holds another evaluation (seed: 0, not 1)" in refused.stderr
     assert (tmp_path / "eval.jsonl").read_text().startswith(text)
 
 
 def test_samples_may_lie_in_the_folder_of_the_model(tmp_path):
-    """Writing them does not make it another model; writing it anew does."""
+    """Writing the samples does not count as a change of the model; writing the weights does."""
     shutil.copytree(TINY / "model", tmp_path / "model")
-    command(tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, check=True)
+    arguments = tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3
+    command(*arguments, check=True)
     text = (tmp_path / "model" / "eval.jsonl").read_text()
     (tmp_path / "model" / "eval.jsonl").write_text(text[:200])
-    command(tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, "--output", "eval.jsonl", check=True)
+    command(*arguments, "--output", "eval.jsonl", check=True)
     assert (tmp_path / "model" / "eval.jsonl").read_text() == text
     (tmp_path / "model" / "model.safetensors").touch()
-    assert "has changed" in command(tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, "--output", "eval.jsonl").stderr
+    assert "has changed" in command(*arguments, "--output", "eval.jsonl").stderr
 
 
 def test_an_evaluation_that_has_just_begun_keeps_its_file(tmp_path):
-    """Its settings are there before its first samples."""
+    """An evaluation writes its settings before its first samples."""
     command(tmp_path, "--shots", 0, "--limit", 3, check=True)
     (tmp_path / "eval.jsonl").write_text("")
-    assert "eval-2.jsonl" in command(tmp_path, "--shots", 0, "--limit", 3, "--seed", 1, check=True).stdout
+    other = command(tmp_path, "--shots", 0, "--limit", 3, "--seed", 1, check=True)
+    assert "eval-2.jsonl" in other.stdout
     (tmp_path / "other.json").write_text("{}")
     refused = command(tmp_path, "--shots", 0, "--limit", 3, "--output", "other.jsonl")
     assert refused.returncode == 2 and "holds something else" in refused.stderr
 
 
-def test_a_reward_of_ones_own_never_sees_nothing(tmp_path):
-    """Of two processes and one problem, one has nothing to score."""
-    (tmp_path / "mine.py").write_text("def f(responses, problems):\n    return [float(len(max(responses)) > 0)] * len(responses)\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "--limit", "1", "--reward",
-                           "mine.py:f"], cwd=tmp_path, text=True, capture_output=True)
+def test_a_custom_reward_never_gets_an_empty_list(tmp_path):
+    """With two processes and one problem, one process has nothing to score."""
+    (tmp_path / "mine.py").write_text(
+        "def f(responses, problems):\n"
+        "    return [float(len(max(responses)) > 0)] * len(responses)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "--limit", "1",
+         "--reward", "mine.py:f"], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0 and "100.0%" in done.stdout
 
 
-def test_ctrl_c(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_ctrl_c_keeps_the_samples(tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100"],
+                               cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     while not (tmp_path / "eval.jsonl").is_file() or not (tmp_path / "eval.jsonl").stat().st_size:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130 and "goes on from there" in said and "Traceback" not in said
-    assert (tmp_path / "eval.jsonl").stat().st_size   # what was written stays; a last line may be cut, see above
+    assert (tmp_path / "eval.jsonl").stat().st_size   # the last line may be incomplete
 
 
-def test_runs_and_checkpoints(tmp_path):
-    """A run is its final/, or without that its newest checkpoint."""
-    train.train(train.prepare(["--batch-size", "2", "--n-on", "2", "--steps", "2", "--checkpoint-every", "1", "--eval-every", "0",
-                               "--learning-rate", "1e-3", "--output-dir", str(tmp_path / "run")]))
-    weights = {name: load_any_model(str(tmp_path / "run" / name), "cpu", torch.float32)[0].state_dict()
-               for name in ("", "final", "checkpoints/step-1", "checkpoints/step-2")}
-    same = {name: all(torch.equal(weights[name][key], weights["final"][key]) for key in weights["final"]) for name in weights}
-    assert same == {"": True, "final": True, "checkpoints/step-2": True, "checkpoints/step-1": False}
+def test_runs_and_checkpoints_load_as_models(tmp_path):
+    """A run loads as its final/ or, without one, as its newest checkpoint."""
+    train.train(train.prepare([
+        "--batch-size", "2", "--n-on", "2", "--steps", "2", "--checkpoint-every", "1",
+        "--eval-every", "0", "--learning-rate", "1e-3", "--output-dir", str(tmp_path / "run")]))
+    weights = {
+        name: load_any_model(str(tmp_path / "run" / name), "cpu", torch.float32)[0].state_dict()
+        for name in ("", "final", "checkpoints/step-1", "checkpoints/step-2")}
+    same = {name: all(torch.equal(weights[name][key], weights["final"][key])
+                      for key in weights["final"]) for name in weights}
+    assert same == {"": True, "final": True, "checkpoints/step-2": True,
+                    "checkpoints/step-1": False}
     shutil.rmtree(tmp_path / "run" / "final")
     newest, _ = load_any_model(str(tmp_path / "run"), "cpu", torch.float32)
     assert torch.equal(newest.head, weights["final"]["model.embed_tokens.weight"])
@@ -202,46 +229,56 @@ def test_runs_and_checkpoints(tmp_path):
         load_any_model(str(tmp_path / "run"), "cpu", torch.float32)
 
 
-def test_what_demonstrations_change():
+def test_a_comparison_equals_one_computed_by_hand():
     plain, steered = ([{"score": score, "response": text} for score, text in pairs] for pairs in (
-        [(0.0, "abcd"), (1.0, "ab"), (0.0, ""), (0.0, "x")], [(1.0, "abxd"), (0.0, "abcd"), (1.0, "y"), (0.0, "x")]))
+        [(0.0, "abcd"), (1.0, "ab"), (0.0, ""), (0.0, "x")],
+        [(1.0, "abxd"), (0.0, "abcd"), (1.0, "y"), (0.0, "x")]))
     change = pilot.compare(plain, steered, samples=2)
-    # Distances 1/4, 2/4, 1/1 and 0; per problem the score changes by 0 and 1/2.
-    assert change == {"difference": 0.25, "difference_low": 0.0, "difference_high": 0.5, "distance": 1.75 / 4,
-                      "gained": 0.5, "lost": 0.25}
+    # The distances are 1/4, 2/4, 1/1 and 0; the problems' scores change by 0 and 1/2.
+    assert change == {"difference": 0.25, "difference_low": 0.0, "difference_high": 0.5,
+                      "distance": 1.75 / 4, "gained": 0.5, "lost": 0.25}
 
 
 @pytest.mark.parametrize("problems, low, high, said", [
-    (100, 0.1, 0.3, "they help"), (100, -0.3, -0.1, "they do harm"), (100, -0.1, 0.1, "cannot be told apart"),
-    (5, 1.0, 1.0, "too few to say")])
-def test_the_verdict(problems, low, high, said):
+    (100, 0.1, 0.3, "they help"), (100, -0.3, -0.1, "they do harm"),
+    (100, -0.1, 0.1, "cannot be told apart"), (5, 1.0, 1.0, "too few to say")])
+def test_the_verdict_follows_the_interval(problems, low, high, said):
     text = pilot.verdict("x", 1, {"accuracy": 0.2, "problems": problems}, {"accuracy": 0.5},
-                         {"difference_low": low, "difference_high": high, "gained": 0.4}, 0.3, 0.35, {1.5: {"gained": 0.1}})
-    assert said in text and "accept 30.0% of the answers with demonstrations, at least one to 35.0% of the problems" in text
+                         {"difference_low": low, "difference_high": high, "gained": 0.4},
+                         0.3, 0.35, {1.5: {"gained": 0.1}})
+    assert said in text and ("accept 30.0% of the answers with demonstrations, "
+                             "at least one to 35.0% of the problems") in text
 
 
-def test_compare_shots(tmp_path):
+def test_compare_shots_reports_the_change_per_setting(tmp_path):
     done = command(tmp_path, "--compare-shots", "--temperatures", 1.4, "--samples", 1, check=True)
-    assert "they help, and ICPO" in done.stdout and (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert "they help, and ICPO" in done.stdout
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     result, = json.loads((tmp_path / "eval.json").read_text())["comparison"]
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
-    plain, steered = ([row["score"] for row in rows if (row["shots"], "again" in row) == (shots, False)] for shots in (0, 1))
-    assert result["changes"]["1 shot"]["difference"] == pytest.approx((sum(steered) - sum(plain)) / 100)
+    plain, steered = ([row["score"] for row in rows
+                       if (row["shots"], "again" in row) == (shots, False)] for shots in (0, 1))
+    difference = pytest.approx((sum(steered) - sum(plain)) / 100)
+    assert result["changes"]["1 shot"]["difference"] == difference
     assert list(result["changes"]) == ["0 shots again", "temperature 1.4", "1 shot"]
     refused = command(tmp_path, "--compare-shots", "--shots", 1, 2)
     assert refused.returncode == 2 and "compares --shots 0 with one other number" in refused.stderr
 
 
-def test_curves(tmp_path):
+def test_curves_are_read_summarised_and_drawn(tmp_path):
     for name, method, shift in (("a", "icpo", 0.0), ("b", "icpo", 0.2), ("c", "grpo", 0.1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"method: {method}\n")
-        rows = [{"step": 1, "reward_on": 0.1 + shift, "reward_off": None, "eval_accuracy_before": 0.1},
-                {"step": 2, "reward_on": 0.2 + shift, "reward_off": None, "eval_accuracy": 0.5 + shift}]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"step": 1, "reward_on": 0.1 + shift, "reward_off": None,
+                 "eval_accuracy_before": 0.1},
+                {"step": 2, "reward_on": 0.2 + shift, "reward_off": None,
+                 "eval_accuracy": 0.5 + shift}]
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows))
     assert curves.series(curves.read_metrics(tmp_path / "a"), "eval_accuracy") == {0: 0.1, 2: 0.5}
     assert curves.series(curves.read_metrics(tmp_path / "a"), "reward_off") == {}
-    assert curves.summarise(tmp_path / "a").endswith("a: 10.0% at step 0, 50.0% at step 2, 90 % not reached")
+    assert curves.summarise(tmp_path / "a").endswith(
+        "a: 10.0% at step 0, 50.0% at step 2, 90 % not reached")
     curves.draw([tmp_path / name for name in "abc"], tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="is not a run"):
@@ -249,7 +286,7 @@ def test_curves(tmp_path):
 
 
 def test_the_example_in_the_readme_runs_and_learns():
-    """A policy that is a table of logits comes to prefer the tokens of the responses that are right."""
+    """A policy that is a table of logits learns to prefer the tokens of the right response."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     exec(code, example := {})
     logits = torch.nn.Parameter(torch.zeros(10))
@@ -257,9 +294,10 @@ def test_the_example_in_the_readme_runs_and_learns():
     tokens = torch.tensor([[0, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]])
     for _ in range(5):
         old = logits.detach().log_softmax(-1)[tokens]
-        old[3] = 0.0   # with demonstrations in its context it was sure of these
-        loss, _ = example["icpo_update"](lambda t: logits.log_softmax(-1)[t], optimizer, tokens, old, torch.ones(4, 3),
-                                         torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.long),
-                                         torch.tensor([False, False, False, True]))
+        old[3] = 0.0   # with demonstrations, these tokens had probability 1
+        loss, _ = example["icpo_update"](
+            lambda t: logits.log_softmax(-1)[t], optimizer, tokens, old, torch.ones(4, 3),
+            torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.long),
+            torch.tensor([False, False, False, True]))
         assert torch.isfinite(loss)
     assert logits.argmax() == 1

@@ -571,8 +571,7 @@ def test_exclusions_are_counted_and_reported(tmp_path, capsys):
     # Spaces do not make it another problem.
     held_out["problem"] = held_out["problem"].replace("+", " + ")
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows[:20], held_out, long])))
-    (tmp_path / "demos.jsonl").write_text(
-        "\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
+    (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
     run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl",
                   "--demonstrations", tmp_path / "demos.jsonl")
     said = capsys.readouterr().out

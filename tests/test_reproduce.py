@@ -14,27 +14,33 @@ def runs(*values):
     return {seed: dict.fromkeys(reproduce.MEASURES, value) for seed, value in enumerate(values)}
 
 
-def test_intervals_and_words():
+def test_intervals_and_words_follow_from_the_runs():
     assert reproduce.bootstrap([0.25] * 5) == (0.25, 0.25, 0.25)
     mean, low, high = reproduce.bootstrap([0.0, 0.0, 0.5, 1.0, 1.0])
-    assert (mean, low, high) == (0.5, 0.0, 1.0)   # the mean of 1 % of the draws is 0, and 0.1 % are left out
-    assert reproduce.bootstrap([0.0, 1.0])[0] == 0.5 and np.isnan(reproduce.bootstrap([0.0, 1.0])[1:]).all()
+    # 1 % of the draws have mean 0, and the interval omits 0.1 % of the draws at each end.
+    assert (mean, low, high) == (0.5, 0.0, 1.0)
+    assert reproduce.bootstrap([0.0, 1.0])[0] == 0.5
+    assert np.isnan(reproduce.bootstrap([0.0, 1.0])[1:]).all()
     results = {"GRPO": runs(0.1, 0.2, 0.3, 0.4, 0.5), "better": runs(0.2, 0.3, 0.4, 0.5, 0.6),
-               "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1), "few": runs(0.9, 0.9, 0.9, 0.9)}
-    words = [line.split("accuracy at the end ")[1].split(" (")[0] for line in reproduce.differences(results, "GRPO")]
+               "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1),
+               "few": runs(0.9, 0.9, 0.9, 0.9)}
+    words = [line.split("accuracy at the end ")[1].split(" (")[0]
+             for line in reproduce.differences(results, "GRPO")]
     assert words == ["higher", "lower", "not told apart", "too few seeds"]
     assert reproduce.table_of(results)[2].startswith("| GRPO | 30.0 (")
-    assert reproduce.table_of({"GRPO": runs(0.25)}, paper=True)[2] == "| GRPO" + 4 * " | 25.0" + " | 62.37 |"   # one run: no interval
+    # A single run has no interval.
+    single = reproduce.table_of({"GRPO": runs(0.25)}, paper=True)[2]
+    assert single == "| GRPO" + 4 * " | 25.0" + " | 62.37 |"
 
 
 def test_intervals_of_five_seeds_hold_the_mean():
-    """Of the plain 2.5 and 97.5 % points only 84 % do."""
+    """The interval between the plain 2.5 and 97.5 % points holds the mean in only 84 % of cases."""
     draws = np.random.default_rng(1).standard_normal((500, 5))
     held = [low <= 0 <= high for _, low, high in map(reproduce.bootstrap, draws)]
     assert 0.91 < np.mean(held) < 0.98
 
 
-def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(tmp_path, monkeypatch):
+def test_finished_work_is_skipped_and_stopped_work_resumes(tmp_path, monkeypatch):
     calls = []
 
     def run(command, log):
@@ -45,39 +51,44 @@ def test_what_is_done_is_skipped_and_what_was_stopped_goes_on(tmp_path, monkeypa
             (job.folder / "final").mkdir(parents=True)
 
     monkeypatch.setattr(reproduce, "run", run)
-    job = reproduce.Job("rare", "ICPO", 0, "--method icpo", tmp_path / "rare" / "runs" / "ICPO-seed0")
+    job = reproduce.Job("rare", "ICPO", 0, "--method icpo",
+                        tmp_path / "rare" / "runs" / "ICPO-seed0")
     reproduce.finish(job, 5)
     assert calls == [("train.py", False), ("eval.py", False)]
     reproduce.finish(job, 5)
     assert len(calls) == 2
     (job.folder / "final").rmdir()
-    (job.folder / "longer.json").write_text('{"settings": {}, "rows": []}')   # an evaluation that was killed
+    (job.folder / "longer.json").write_text('{"settings": {}, "rows": []}')   # a killed evaluation
     reproduce.finish(job, 5)
     assert calls[2:] == [("train.py", True), ("eval.py", False)]
 
 
-def test_seeds_of_a_system_with_a_dot_in_its_name_have_clocks_of_their_own(tmp_path):
+def test_each_seed_has_its_own_clock_if_the_name_has_a_dot(tmp_path):
     files = {reproduce.beside(tmp_path / f"λ_=_0.1-seed{seed}", "seconds") for seed in range(3)}
     assert len(files) == 3
     for _ in range(2):
-        with pytest.raises(KeyError), reproduce.clock(min(files)):   # what failed took its time, too
+        with pytest.raises(KeyError), reproduce.clock(min(files)):   # a failed run counts, too
             raise KeyError
     assert len(min(files).read_text().split()) == 2
 
 
 def report_of(tmp_path, seeds):
-    """What `report` says and draws of two runs with made-up results, of `seeds` that were asked for."""
+    """Reports made-up results of `seeds` seeds of two systems, of which the last run is missing;
+    returns the text of the report."""
     folder = tmp_path / "rare"
     (folder / "runs").mkdir(parents=True)
     (folder / "make.log").write_text("0 shots: 14.5% right, 0.0% worked out\n")
     (folder / "seconds").write_text("1.0\n")
-    (folder / "pilot.json").write_text(json.dumps({"comparison": [{"verdict": "On tiny, they help."}]}))
+    (folder / "pilot.json").write_text(
+        json.dumps({"comparison": [{"verdict": "On tiny, they help."}]}))
     jobs = [reproduce.Job("rare", name, seed, "", folder / "runs" / f"{name}-seed{seed}")
             for seed in range(seeds) for name in ("GRPO", "ICPO")]
     for job in jobs[:-1]:
         job.folder.mkdir()
-        (job.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_accuracy": 0.5 + job.seed / 10, "entropy": 1.0}) + "\n")
-        (job.folder / "longer.json").write_text(json.dumps({"rows": [{"accuracy": 0.1}, {"accuracy": 0.0}]}))
+        (job.folder / "metrics.jsonl").write_text(json.dumps(
+            {"step": 1, "eval_accuracy": 0.5 + job.seed / 10, "entropy": 1.0}) + "\n")
+        (job.folder / "longer.json").write_text(
+            json.dumps({"rows": [{"accuracy": 0.1}, {"accuracy": 0.0}]}))
         reproduce.beside(job.folder, "seconds").write_text("10.0\n")
     options = argparse.Namespace(seeds=seeds, steps=1, settings=["rare"], output_dir=tmp_path)
     reproduce.report(options, reproduce.SYSTEMS, {}, jobs, 12.0)
@@ -85,12 +96,15 @@ def report_of(tmp_path, seeds):
 
 
 @pytest.mark.parametrize("seeds, row, words", [
-    (2, "| GRPO | 55.0 | 55.0 | 10.0 | 0.0 | 62.37 |", "ICPO against GRPO: accuracy at the end too few seeds (+0.0 points);"),
-    (6, "| GRPO | 75.0 (", "ICPO against GRPO: accuracy at the end not told apart (+0.0 points, +0.0 to +0.0);")])
-def test_the_report_says_what_is_missing_and_draws_what_is_there(tmp_path, seeds, row, words):
+    (2, "| GRPO | 55.0 | 55.0 | 10.0 | 0.0 | 62.37 |",
+     "ICPO against GRPO: accuracy at the end too few seeds (+0.0 points);"),
+    (6, "| GRPO | 75.0 (", "ICPO against GRPO: accuracy at the end not told apart "
+                           "(+0.0 points, +0.0 to +0.0);")])
+def test_the_report_names_missing_runs_and_draws_the_others(tmp_path, seeds, row, words):
     text = report_of(tmp_path, seeds)
     assert row in text and words in text and f"Not done: ICPO, seed {seeds - 1}." in text
-    assert f"{2 * seeds - 1} runs, and the making of the model: {10 * (2 * seeds - 1) + 1} s" in text
+    done = 2 * seeds - 1
+    assert f"{done} runs, and the making of the model: {10 * done + 1} s" in text
     for name in ("curves", "systems"):
         assert (tmp_path / f"rare-{name}.png").stat().st_size > 10_000
 

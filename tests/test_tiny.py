@@ -1,4 +1,4 @@
-"""The embedded default: its files say what they should, and its script makes them."""
+"""Tests the files of the embedded default, and the script that makes them."""
 
 import json
 import re
@@ -22,17 +22,20 @@ def test_every_problem_and_solution_is_right(name, needs):
     for p in problems:
         assert sum(map(int, p.problem.split("+"))) == int(p.answer)
         if needs:
-            steps = [list(map(int, re.findall(r"\d+", step))) for step in re.findall(r"(?=\b(\d+\+\d=\d+))", p.solution)]
+            steps = [list(map(int, re.findall(r"\d+", step)))
+                     for step in re.findall(r"(?=\b(\d+\+\d=\d+))", p.solution)]
             assert all(a + b == c for a, b, c in steps) and len(steps) == p.problem.count("+")
             assert extract_answer(p.solution) == p.answer
     if name == "train":
-        assert score([p.expert_response for p in problems], [p.answer for p in problems]) == [1.0] * len(problems)
+        scores = score([p.expert_response for p in problems], [p.answer for p in problems])
+        assert scores == [1.0] * len(problems)
 
 
 def make(folder, *more):
-    done = subprocess.run([sys.executable, str(TINY / "make.py"), "--output-dir", str(folder), "--steps", "2", "--batch-size",
-                           "8", "--train-size", "20", "--test-size", "8", "--demonstrations", "5", *more],
-                          check=True, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(TINY / "make.py"), "--output-dir", str(folder), "--steps", "2",
+         "--batch-size", "8", "--train-size", "20", "--test-size", "8", "--demonstrations", "5",
+         *more], check=True, text=True, capture_output=True)
     return done.stdout
 
 
@@ -44,14 +47,17 @@ def test_the_script_makes_the_same_from_the_same_seed(tmp_path):
     for name in ("train.jsonl", "model/model.safetensors", "model/tokenizer.json"):
         a, b, c = ((tmp_path / run / name).read_bytes() for run in "abc")
         assert a == b and (name == "model/tokenizer.json") == (a == c)
-    assert {json.loads(line)["problem"].count("+") for line in (tmp_path / "c" / "train.jsonl").open()} == {1, 2}
+    assert {json.loads(line)["problem"].count("+")
+            for line in (tmp_path / "c" / "train.jsonl").open()} == {1, 2}
 
 
-def test_problems_alone_in_a_form_of_ones_own(tmp_path):
-    make(tmp_path, "--only-problems", "--terms", "2", "2", "--largest", "6", "--question", "What is {sum}?", "--solution",
-         r"{worked}, so \boxed{{total}}.", "--train-size", "20")
+def test_only_problems_are_made_in_a_custom_form(tmp_path):
+    make(tmp_path, "--only-problems", "--terms", "2", "2", "--largest", "6",
+         "--question", "What is {sum}?", "--solution", r"{worked}, so \boxed{{total}}.",
+         "--train-size", "20")
     assert not (tmp_path / "model").exists()
-    problems = [p for name in ("train", "test", "demonstrations") for p in load_problems(tmp_path / f"{name}.jsonl", ("solution",))]
+    problems = [p for name in ("train", "test", "demonstrations")
+                for p in load_problems(tmp_path / f"{name}.jsonl", ("solution",))]
     assert len({p.problem for p in problems}) == 33
     for p in problems:
         a, b = map(int, re.fullmatch(r"What is ([1-6])\+([1-6])\?", p.problem).groups())
@@ -59,10 +65,11 @@ def test_problems_alone_in_a_form_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--only-problems", "--terms", "2", "2", "--largest", "5"], "33 different sums are asked for, and there are 25"),
+    (["--only-problems", "--terms", "2", "2", "--largest", "5"],
+     "33 different sums are asked for, and there are 25"),
     (["--only-problems", "--question", "What?"], "--question needs {sum}"),
     (["--largest", "20"], "are for --only-problems")])
-def test_what_cannot_be_made_is_refused_and_nothing_written(tmp_path, options, said):
+def test_impossible_options_are_refused_and_nothing_is_written(tmp_path, options, said):
     with pytest.raises(subprocess.CalledProcessError) as raised:
         make(tmp_path / "out", *options)
     assert said in raised.value.stderr and not (tmp_path / "out").exists()

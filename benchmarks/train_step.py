@@ -1,14 +1,17 @@
-"""Times one whole training step (rollout, reward, update) here and in TRL's GRPOTrainer: the same weights, prompts, group
-size and lengths, GRPO without a KL term, in one process after another.
+"""Times a whole training step (rollout, reward, update) here and in TRL's GRPOTrainer. Both train
+by GRPO without a KL term with the same weights, prompts, group size and lengths, one after the
+other in processes of their own.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/train_step.py --model path/to/a/model --check    # any Hugging Face folder or hub name
-    python benchmarks/train_step.py --model qwen3-1.7b-shape --dtype bfloat16 --prompts 8 --max-new-tokens 1024 --prompt-length 1024
-    python benchmarks/train_step.py --communication                    # bytes that a GPU receives in a step; times nothing
+    python benchmarks/train_step.py --model path/to/a/model --check   # Hugging Face folder or name
+    python benchmarks/train_step.py --model qwen3-1.7b-shape --dtype bfloat16 --prompts 8 \\
+        --prompt-length 1024 --max-new-tokens 1024
+    python benchmarks/train_step.py --communication   # bytes that a GPU receives in a step
 
-Prints a table and, as its last line, every figure as name=value. TRL runs twice, with gradient checkpointing (its default)
-and without: its time is that of the faster, its memory that of the leaner. Peak memory is that of the process, weights and
-optimiser included. The update is held against the rate of a large matrix product, measured here.
+Prints a table and then a line with every figure as name=value. TRL runs twice, with gradient
+checkpointing (its default) and without; the table has the time of the faster run and the memory of
+the leaner one. Peak memory is that of the whole process, with weights and optimiser. The update is
+compared with the rate of a large matrix product measured here.
 """
 
 import json
@@ -34,44 +37,50 @@ from options import DTYPES, TINY, make_parser, option, parse   # noqa: E402
 from model_utils import ModelConfig, find_folder, load_model   # noqa: E402
 from reward import score   # noqa: E402
 
-# What --check asks for of a real model: (figure, at least or at most, bound).
+# The targets of --check for a real model: (figure, at least or at most, bound).
 TARGETS = {
-    "cpu": [("equal_time_ratio", "<=", 0.65), ("varying_time_ratio", "<=", 0.45), ("equal_memory_ratio", "<=", 0.7),
-            ("varying_memory_ratio", "<=", 0.7)],
+    "cpu": [("equal_time_ratio", "<=", 0.65), ("varying_time_ratio", "<=", 0.45),
+            ("equal_memory_ratio", "<=", 0.7), ("varying_memory_ratio", "<=", 0.7)],
     "cuda": [("equal_update_share", ">=", 0.45)],
 }
-SIDES = {"here": {}, "trl": {"gradient_checkpointing": True}, "trl_plain": {"gradient_checkpointing": False}}
+SIDES = {"here": {}, "trl": {"gradient_checkpointing": True},
+         "trl_plain": {"gradient_checkpointing": False}}
 
 
 @dataclass
 class Options:
-    model: str = option("tiny", "folder in Hugging Face format, hub name, tiny, or qwen3-1.7b-shape (random weights)")
-    prompts: int = option(4, "questions a step, 8 responses to each")
-    prompt_length: int = option(64, "tokens of a prompt, of words drawn at random")
-    max_new_tokens: int = option(64, "most new tokens")
-    steps: int = option(2, "steps that are timed, after one that is not")
-    micro_batch_tokens: int = option(1024, "of train.py, at least one sequence; TRL takes 8 sequences at a time, its default")
-    recompute_activations: str = option("all", "of train.py", choices=["none", "cheap", "all"])
-    check: bool = option(False, "exit with status 1 where a target is missed")
-    communication: bool = option(False, "print the bytes that travel between GPUs instead")
-    dtype: str = option("float32", "to compute in", choices=list(DTYPES))
+    model: str = option("tiny", "folder in Hugging Face format, hub name, tiny, or "
+                        "qwen3-1.7b-shape (random weights)")
+    prompts: int = option(4, "questions in a step, with 8 responses each")
+    prompt_length: int = option(64, "tokens of a prompt, which consists of random words")
+    max_new_tokens: int = option(64, "longest response in tokens")
+    steps: int = option(2, "timed steps, after one step that is not timed")
+    micro_batch_tokens: int = option(1024, "as in train.py, but at least one sequence; TRL takes 8 "
+                                     "sequences at a time, its default")
+    recompute_activations: str = option("all", "as in train.py", choices=["none", "cheap", "all"])
+    check: bool = option(False, "exit with status 1 if a target is missed")
+    communication: bool = option(False, "print the bytes that GPUs exchange; do not time anything")
+    dtype: str = option("float32", "type of the computation; master weights are float32",
+                        choices=list(DTYPES))
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
-    seed: int = option(0, "of prompts, stop ids and sampling")
-    job: str = option("", "what this script gives the processes that it starts")
+    seed: int = option(0, "seed of prompts, stop ids and sampling")
+    job: str = option("", "settings that this script passes to the processes that it starts")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two sides, each in a process of its own: {seconds, tokens, memory, ...} of the timed steps
+# --------------------------------------------------------------------------------------------------
+# The two sides; each runs in its own process and returns {seconds, tokens, ...} of the timed steps
 
 def run_here(job: dict) -> dict:
     folder = Path(job["folder"])
     run = trainer.prepare([
-        "--method", "grpo", "--kl-coef", "0", "--model", job["model"], "--train-data", str(folder / "train.jsonl"),
-        "--test-data", str(folder / "test.jsonl"), "--instruction=", "--chat-template", "false", "--demo-chat-template", "false",
-        "--batch-size", str(job["prompts"]), "--max-prompt-length", str(job["prompt_length"]), "--max-new-tokens",
+        "--method", "grpo", "--kl-coef", "0", "--model", job["model"], "--train-data",
+        str(folder / "train.jsonl"), "--test-data", str(folder / "test.jsonl"), "--instruction=",
+        "--chat-template", "false", "--demo-chat-template", "false", "--batch-size",
+        str(job["prompts"]), "--max-prompt-length", str(job["prompt_length"]), "--max-new-tokens",
         str(job["max_new_tokens"]), "--steps", "99", "--eval-every", "0", "--micro-batch-tokens",
-        str(max(job["micro_batch_tokens"], job["prompt_length"] + job["max_new_tokens"])), "--dtype", job["dtype"],
-        "--recompute-activations", job["recompute_activations"], "--device", job["device"], "--seed", str(job["seed"]),
+        str(max(job["micro_batch_tokens"], job["prompt_length"] + job["max_new_tokens"])),
+        "--dtype", job["dtype"], "--recompute-activations", job["recompute_activations"],
+        "--device", job["device"], "--seed", str(job["seed"]),
         "--output-dir", str(folder / f"run-{job['case']}")])
     run.model.stop_ids = tuple(job["stop_ids"])
     results = []
@@ -80,19 +89,22 @@ def run_here(job: dict) -> dict:
         started = time.perf_counter()
         metrics, rows = trainer.train_step(run, step, lambda phase: None)
         synchronise(run.device)
-        results.append({"seconds": time.perf_counter() - started, "tokens": sum(len(row.tokens) for row in rows),
-                        **{name: metrics[f"{name}_seconds"] for name in ("rollout", "reward", "update")},
+        results.append({"seconds": time.perf_counter() - started,
+                        "tokens": sum(len(row.tokens) for row in rows),
+                        **{name: metrics[f"{name}_seconds"]
+                           for name in ("rollout", "reward", "update")},
                         "operations": update_operations(run.model.config, rows)})
     return {name: sum(each[name] for each in results[1:]) for name in results[0]}
 
 
 def update_operations(config: ModelConfig, rows) -> float:
-    """Multiplications and additions that the gradient of these rows needs; what is computed again does not count."""
+    """The multiplications and additions that these rows' gradient needs, without recomputation."""
     c, prompts = config, {row.slot: len(row.prompt) for row in rows}
     responses = sum(len(row.tokens) for row in rows)
     positions = sum(prompts.values()) + responses - len(rows)
     attended = sum((len(row.prompt) + len(row.tokens)) ** 2 / 2 for row in rows)
-    return (6 * c.num_layers * block_weights(c) * positions + 6 * c.vocab_size * c.hidden_size * responses
+    return (6 * c.num_layers * block_weights(c) * positions
+            + 6 * c.vocab_size * c.hidden_size * responses
             + 12 * c.num_layers * c.num_heads * c.head_dim * attended)
 
 
@@ -117,16 +129,20 @@ def run_trl(job: dict) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = [json.loads(line)["problem"] for line in (Path(job["folder"]) / "train.jsonl").read_text().splitlines()]
+    lines = (Path(job["folder"]) / "train.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["problem"] for line in lines]
     side = GRPOTrainer(
         job["model"], reward_funcs=reward, processing_class=tokenizer, callbacks=[Clock()],
         train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
         args=GRPOConfig(
-            output_dir=str(Path(job["folder"]) / "trl"), num_generations=8, max_completion_length=job["max_new_tokens"],
-            per_device_train_batch_size=8, gradient_accumulation_steps=job["prompts"], max_steps=job["steps"] + 1,
-            learning_rate=5e-5, weight_decay=0.01, beta=0.0, temperature=1.0, bf16=job["dtype"] == "bfloat16",
-            use_cpu=job["device"] == "cpu", dataloader_pin_memory=False, save_strategy="no", report_to="none",
-            disable_tqdm=True, logging_steps=1000, seed=job["seed"], model_init_kwargs={"dtype": "float32"}, **job["settings"]))
+            output_dir=str(Path(job["folder"]) / "trl"), num_generations=8,
+            max_completion_length=job["max_new_tokens"], per_device_train_batch_size=8,
+            gradient_accumulation_steps=job["prompts"], max_steps=job["steps"] + 1,
+            learning_rate=5e-5, weight_decay=0.01, beta=0.0, temperature=1.0,
+            bf16=job["dtype"] == "bfloat16", use_cpu=job["device"] == "cpu",
+            dataloader_pin_memory=False, save_strategy="no", report_to="none",
+            disable_tqdm=True, logging_steps=1000, seed=job["seed"],
+            model_init_kwargs={"dtype": "float32"}, **job["settings"]))
     side.generation_config.eos_token_id = job["stop_ids"] or None
     side.eos_token_ids = job["stop_ids"]
     side.train()
@@ -137,19 +153,21 @@ def serve(job: dict) -> None:
     result = (run_here if job["side"] == "here" else run_trl)(job)
     if job["device"] == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated()
-    elif sys.platform == "linux":   # ru_maxrss would hold what the parent had taken, too
+    elif sys.platform == "linux":   # ru_maxrss would include the parent's memory.
         result["memory"] = peak_resident()
     else:
         result["memory"] = float("nan")
     print("\n" + json.dumps(result))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def make_prompts(tokenizer, count: int, length: int, seed: int) -> list[str]:
-    """Texts that the tokenizer takes to exactly `length` tokens: words drawn at random, or digits where it knows none."""
+    """`count` texts of exactly `length` tokens: random words, or digits if the tokenizer has no
+    words. Raises ValueError if it does not find enough."""
     draw, texts = random.Random(seed), []
-    words = [text for token in range(len(tokenizer)) if (text := tokenizer.decode([token]))[:1] == " "
+    words = [text for token in range(len(tokenizer))
+             if (text := tokenizer.decode([token]))[:1] == " "
              and text[1:].isalpha() and text.isascii()] or list("123456789")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)   # noqa: E731
     for _ in range(100 * count):
@@ -165,7 +183,7 @@ def make_prompts(tokenizer, count: int, length: int, seed: int) -> list[str]:
 
 
 def make_random_model(folder: Path) -> None:
-    """Qwen3-1.7B's shape with random weights, and the tokenizer of the embedded default."""
+    """Saves random weights of Qwen3-1.7B's shape and the tokenizer of the embedded default."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     config = Qwen3Config(**QWEN3_1_7B, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
@@ -182,10 +200,12 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
     model, tokenizer = load_model(path, device, DTYPES[options.dtype])
     texts = make_prompts(tokenizer, options.prompts + 1, options.prompt_length, options.seed)
     for name, chosen in (("train", texts[1:]), ("test", texts[:1])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"problem": text, "answer": "0"}) + "\n" for text in chosen))
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"problem": text, "answer": "0"}) + "\n" for text in chosen))
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts[1:]]
-    stop_ids = find_stop_ids(model.requires_grad_(False), Case("", prompts, 8, options.max_new_tokens, 8 * options.prompts),
-                             options.max_new_tokens / 4, options.seed)
+    sampled = Case("", prompts, 8, options.max_new_tokens, 8 * options.prompts)
+    stop_ids = find_stop_ids(model.requires_grad_(False), sampled, options.max_new_tokens / 4,
+                             options.seed)
     del model
     _, rate = measure_machine(torch.device(device), DTYPES[options.dtype])
     figures = {"matmul_gflop_per_second": rate / 1e9}
@@ -193,9 +213,11 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
         found = {}
         for side, settings in SIDES.items():
             bar.set_description(f"{case}: {side}")
-            job = vars(options) | {"side": side, "settings": settings, "case": case, "stop_ids": stops, "model": str(path),
-                                   "folder": str(folder), "device": device}
-            process = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+            job = vars(options) | {"side": side, "settings": settings, "case": case,
+                                   "stop_ids": stops, "model": str(path), "folder": str(folder),
+                                   "device": device}
+            process = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)],
+                                     capture_output=True, text=True)
             if process.returncode:
                 raise ValueError(f"{side} failed:\n{process.stderr[-3000:]}")
             found[side] = json.loads(process.stdout.splitlines()[-1])
@@ -210,60 +232,73 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
                   "tokens_per_second": here["tokens"] / here["seconds"],
                   "trl_tokens_per_second": fastest["tokens"] / fastest["seconds"],
                   "mean_length": here["tokens"] / count / (8 * options.prompts),
-                  "trl_mean_length": fmean(each["tokens"] for each in trl) / count / (8 * options.prompts),
-                  "memory_gb": here["memory"] / 1e9, "trl_memory_gb": memory / 1e9, "memory_ratio": here["memory"] / memory,
-                  **{f"{name}_seconds": here[name] / count for name in ("rollout", "reward", "update")},
+                  "trl_mean_length": fmean(each["tokens"] for each in trl) / count
+                  / (8 * options.prompts),
+                  "memory_gb": here["memory"] / 1e9, "trl_memory_gb": memory / 1e9,
+                  "memory_ratio": here["memory"] / memory,
+                  **{f"{name}_seconds": here[name] / count
+                     for name in ("rollout", "reward", "update")},
                   "update_share": here["operations"] / here["update"] / rate}
         figures |= {f"{case}_{name}": value for name, value in values.items()}
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes that a GPU receives (and sends) in a step
+# --------------------------------------------------------------------------------------------------
+# Bytes that a GPU receives in a step; it sends as many
 
-SHAPES = {   # parameters: Qwen3-1.7B, Qwen3-8B
-    "1.7B": ModelConfig(151936, 2048, 6144, 28, 16, 8, 128, 1e-6, 1e6, None, 40960, True, False, False, False, True),
-    "8B": ModelConfig(151936, 4096, 12288, 36, 32, 8, 128, 1e-6, 1e6, None, 40960, False, False, False, False, True),
+SHAPES = {   # Qwen3-1.7B and Qwen3-8B
+    "1.7B": ModelConfig(151936, 2048, 6144, 28, 16, 8, 128, 1e-6, 1e6, None, 40960,
+                        True, False, False, False, True),
+    "8B": ModelConfig(151936, 4096, 12288, 36, 32, 8, 128, 1e-6, 1e6, None, 40960,
+                      False, False, False, False, True),
 }
 
 
 def count_parameters(c: ModelConfig) -> tuple[int, int]:
-    """(of the blocks, of all else); of families without biases"""
+    """(parameters in the blocks, parameters elsewhere), for families without biases."""
     return (c.num_layers * (block_weights(c) + 2 * c.hidden_size + 2 * c.head_dim * c.qk_norm),
             c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2))
 
 
-def communication(blocks: int, rest: int, processes: int, shard_size: int, micro_batches: int = 1, reference: bool = False,
-                  compute_bytes: int = 2) -> dict[str, float]:
-    """Bytes for each part of a step, by ring algorithms, of a model with so many parameters in its blocks and elsewhere.
+def communication(blocks: int, rest: int, processes: int, shard_size: int, micro_batches: int = 1,
+                  reference: bool = False, compute_bytes: int = 2) -> dict[str, float]:
+    """Bytes that a GPU receives in each part of a step by ring algorithms. The model has `blocks`
+    parameters in its blocks and `rest` parameters elsewhere.
 
-    Embeddings, head and last norm stay whole from the forward to the backward pass."""
+    Embeddings, head and last norm stay gathered from the forward to the backward pass."""
     part, replicas, count = (shard_size - 1) / shard_size, processes // shard_size, blocks + rest
-    return {"rollout": compute_bytes * count * part,                                     # all-gather, once
-            "forward": compute_bytes * count * part * micro_batches * (1 + reference),   # all-gather, block by block
-            "backward": compute_bytes * blocks * part * micro_batches,                   # again
-            "gradients": 4 * count * part * micro_batches                                # reduce-scatter, in float32
-            + 4 * count / shard_size * 2 * (replicas - 1) / replicas * micro_batches}    # all-reduce between the replicas
+    # Weights are gathered, once for the rollout and block by block in the passes. Gradients are in
+    # float32; a reduce-scatter sums them within a replica and an all-reduce between the replicas.
+    return {"rollout": compute_bytes * count * part,
+            "forward": compute_bytes * count * part * micro_batches * (1 + reference),
+            "backward": compute_bytes * blocks * part * micro_batches,
+            "gradients": 4 * count * part * micro_batches
+            + 4 * count / shard_size * 2 * (replicas - 1) / replicas * micro_batches}
 
 
 def print_communication() -> None:
-    print("GB a GPU receives in a step of one micro-batch, bfloat16, without a reference model; replicas are of 8 GPUs")
-    print(f"{'model':<7}{'GPUs':>5}  {'sharding':<10}{'rollout':>9}{'forward':>9}{'backward':>9}{'gradients':>10}{'sum':>8}")
+    print("Each GPU receives these GB in a step of one micro-batch in bfloat16 without a reference "
+          "model. With HSDP, a replica spans 8 GPUs.")
+    print(f"{'model':<7}{'GPUs':>5}  {'sharding':<10}{'rollout':>9}{'forward':>9}{'backward':>9}"
+          f"{'gradients':>10}{'sum':>8}")
     for name, config in SHAPES.items():
         for processes in (8, 64, 512):
             for sharding, size in (("all", processes), ("8, HSDP", 8))[:1 if processes == 8 else 2]:
                 parts = communication(*count_parameters(config), processes, size)
+                received = [*parts.values(), sum(parts.values())]
                 print(f"{name:<7}{processes:>5}  {sharding:<10}" + "".join(
-                    f"{value / 1e9:>{width}.2f}" for value, width in zip([*parts.values(), sum(parts.values())], (9, 9, 9, 10, 8))))
+                    f"{value / 1e9:>{width}.2f}"
+                    for value, width in zip(received, (9, 9, 9, 10, 8))))
 
 
 def main() -> None:
-    options = parse(make_parser(Options, __doc__.split("\n\n")[0]), sys.argv[1:])
+    options = parse(make_parser(Options, (__doc__ or "").split("\n\n")[0]), sys.argv[1:])
     if options.job:
         return serve(json.loads(options.job))
     if options.communication:
         return print_communication()
-    device = "cuda" if options.device == "cuda" or options.device == "auto" and torch.cuda.is_available() else "cpu"
+    gpu = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
     folder = Path(tempfile.mkdtemp(prefix="train_step-"))
     try:
         with tqdm(total=2 * len(SIDES), unit="process", leave=False) as bar:
@@ -273,16 +308,20 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     import trl
-    print(f"{options.model}, {options.dtype}, {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch "
-          f"{torch.__version__}, trl {trl.__version__}: {figures['matmul_gflop_per_second']:,.0f} GFLOP/s")
-    print(f"{'':<9}{'seconds':>9}{'TRL':>9}{'ratio':>7}{'tokens/s':>10}{'TRL':>8}{'peak GB':>9}{'TRL':>7}{'ratio':>7}"
+    machine = torch.cuda.get_device_name() if gpu else "CPU"
+    print(f"{options.model}, {options.dtype}, {machine}, torch {torch.__version__}, "
+          f"trl {trl.__version__}: {figures['matmul_gflop_per_second']:,.0f} GFLOP/s")
+    print(f"{'':<9}{'seconds':>9}{'TRL':>9}{'ratio':>7}{'tokens/s':>10}{'TRL':>8}{'peak GB':>9}"
+          f"{'TRL':>7}{'ratio':>7}"
           f"{'rollout':>9}{'update':>8}{'of rate':>9}{'tokens':>8}{'TRL':>7}")
     for case in ("equal", "varying"):
-        f = {name.removeprefix(case + "_"): value for name, value in figures.items() if name.startswith(case)}
-        print(f"{case:<9}{f['seconds']:>9.2f}{f['trl_seconds']:>9.2f}{f['time_ratio']:>7.2f}{f['tokens_per_second']:>10,.0f}"
-              f"{f['trl_tokens_per_second']:>8,.0f}{f['memory_gb']:>9.2f}{f['trl_memory_gb']:>7.2f}{f['memory_ratio']:>7.2f}"
-              f"{f['rollout_seconds']:>9.2f}{f['update_seconds']:>8.2f}{f['update_share']:>9.0%}{f['mean_length']:>8.1f}"
-              f"{f['trl_mean_length']:>7.1f}")
+        f = {name.removeprefix(case + "_"): value for name, value in figures.items()
+             if name.startswith(case)}
+        print(f"{case:<9}{f['seconds']:>9.2f}{f['trl_seconds']:>9.2f}{f['time_ratio']:>7.2f}"
+              f"{f['tokens_per_second']:>10,.0f}{f['trl_tokens_per_second']:>8,.0f}"
+              f"{f['memory_gb']:>9.2f}{f['trl_memory_gb']:>7.2f}{f['memory_ratio']:>7.2f}"
+              f"{f['rollout_seconds']:>9.2f}{f['update_seconds']:>8.2f}{f['update_share']:>9.0%}"
+              f"{f['mean_length']:>8.1f}{f['trl_mean_length']:>7.1f}")
     report(figures, [] if options.model == "tiny" else TARGETS[device], options.check)
 
 

@@ -1,0 +1,129 @@
+"""The README: its worked example computed by icpo.py, its length, the functions that it names.
+All pages: their links."""
+
+import inspect
+import re
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+import icpo
+from icpo import (clip, expert_region, group_advantages, icpo_loss, importance_ratio, mix_groups,
+                  policy_shaping)
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+HEADER = "response     R      Â  π_θ(·|q)  logprob  π_old  old logprob   r, r̂  f(r̂)   CLIP\n"
+ROW = re.compile(r"^(on-policy \d|off-policy) +(\d) +(?:leaves|\S+ +(\S+) +\S+ +(\S+) .*)$", re.M)
+
+
+def section(heading: str) -> str:
+    """Text of the README from this heading to the next one."""
+    return re.split(r"^#+ ", README.partition(f" {heading}\n")[2], maxsplit=1, flags=re.M)[0]
+
+
+def default(function, name: str):
+    return inspect.signature(function).parameters[name].default
+
+
+def compute(block: str) -> str:
+    """The block of the worked example, computed from the rewards and probabilities in it.
+
+    Consecutive rows of the same name are tokens of one response."""
+    responses = [list(rows) for _, rows in groupby(ROW.findall(block), key=lambda row: row[0])]
+    B, T = len(responses), max(map(len, responses))
+    rewards = torch.tensor([float(rows[0][1]) for rows in responses])
+    off_policy = torch.tensor([rows[0][0] == "off-policy" for rows in responses])
+    names = ["off-policy" if off_policy[i] else f"on-policy {i + 1}" for i in range(B)]
+    group = torch.zeros(B, dtype=torch.long)
+    # "leaves" says which on-policy response is drawn; its token must not count in the loss.
+    priority = torch.tensor([float(rows[0][2] != "") for rows in responses])
+    p, p_old = torch.ones(2, B, T, dtype=torch.float64)
+    mask = torch.zeros(B, T)
+    for i, rows in enumerate(responses):
+        for t, row in enumerate(rows):
+            mask[i, t] = 1.0
+            p[i, t], p_old[i, t] = float(row[2] or 1), float(row[3] or 1)
+    logprobs, old_logprobs = p.log(), p_old.log()
+
+    accepted = expert_region(rewards, off_policy)
+    keep = mix_groups(off_policy, group, accepted, priority)
+    advantages = group_advantages(rewards, group, keep)
+    ratio = importance_ratio(logprobs, old_logprobs, off_policy).requires_grad_()
+    shaped = policy_shaping(ratio)
+    slope, = torch.autograd.grad(shaped.sum(), ratio)
+    objective = clip(torch.where(off_policy[:, None], shaped, ratio), advantages[:, None])
+    loss, _ = icpo_loss(logprobs, old_logprobs, advantages, mask * keep[:, None], off_policy)
+
+    text, terms = HEADER, []
+    for i, rows in enumerate(responses):
+        if not keep[i]:
+            text += f"{names[i]:<13}{rewards[i]:.0f}  leaves\n"
+            continue
+        for t in range(len(rows)):
+            f = f"{shaped[i, t]:.3f}" if off_policy[i] else ""
+            text += (f"{names[i]:<13}{rewards[i]:.0f}{advantages[i]:>7.2f}{p[i, t]:>10.3f}"
+                     f"{logprobs[i, t]:>9.3f}{p_old[i, t]:>7.3f}{old_logprobs[i, t]:>13.3f}"
+                     f"{ratio[i, t]:>7.3f}{f:>7}{objective[i, t]:>7.2f}\n")
+            terms.append(objective[i, t])
+    on, off, gone = 0, off_policy.int().argmax(), keep.int().argmin()   # the rows that lines name
+    A, r, f = advantages, ratio, shaped
+    delta, eps = default(expert_region, "delta"), default(group_advantages, "eps")
+    low = 1 - default(clip, "clip_low")
+    assert accepted[off] and low * A[on] < r[on, 0] * A[on]   # "accepted", "the clip binds"
+    total = f"{terms[0]:.2f}" + "".join(f" {'-' if t < 0 else '+'} {abs(t):.2f}" for t in terms[1:])
+    return text + f"""
+(ERRS)   {rewards[off]:.0f} ≥ δ = {delta:g}: accepted; it replaces {names[gone]}, drawn at random
+(ADV)    mean {rewards[keep].mean():.2f}, std {rewards[keep].std():.2f}: Â = (R - \
+{rewards[keep].mean():.2f})/({rewards[keep].std():.2f} + {eps:.0e}) = {A[on]:.2f} or {A[off]:.2f}
+(RATIO)  r = {p[on, 0]:.3f}/{p_old[on, 0]:.3f} = {r[on, 0]:.3f}; r̂ = {p[off, 0]:.3f}/\
+{p_old[off, 0]:.3f} = {r[off, 0]:.3f}
+f        {r[off, 0]:.3f}/({r[off, 0]:.3f} + λ) = {f[off, 0]:.3f}; its slope λ/(r̂ + λ)² is \
+{slope[off, 0]:.4g} there and {slope[off, 1]:.4g} at {r[off, 1]:.3f}
+(CLIP)   min({r[on, 0]:.3f}·{A[on]:.2f}, {low:g}·{A[on]:.2f}) = {objective[on, 0]:.2f}: \
+the clip binds
+(ICPO)   loss = -({total})/{len(terms)} = {loss:.2f}
+""".replace("e-0", "e-")
+
+
+def test_the_worked_example():
+    text = section("One question by hand")
+    block, = re.findall(r"```\n(response.*?)```", text, re.S)
+    assert block == compute(block)
+    assert f"λ = {default(policy_shaping, 'lam')}, ε = {default(clip, 'clip_low')}" in text
+    assert default(clip, "clip_low") == default(clip, "clip_high")
+    plain = torch.tensor([float(row[1]) for row in ROW.findall(block) if row[0] != "off-policy"])
+    assert "Four plain responses are wrong; all of GRPO's advantages would be 0." in text
+    assert plain.tolist() == group_advantages(plain, torch.zeros(4)).tolist() == [0.0] * 4
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1300   # as `wc -w` counts
+
+
+def test_the_equation_table_has_the_functions_of_icpo():
+    table = section("From equation to code").partition("---|---")[2]
+    public = {name for name, value in vars(icpo).items() if inspect.isfunction(value)
+              and value.__module__ == "icpo" and not name.startswith("_")}
+    assert set(re.findall(r"`(\w+)`", table)) == public
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_point_at_what_exists(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"

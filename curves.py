@@ -46,7 +46,7 @@ def series(metrics: list[dict], name: str) -> dict[int, float]:
 
 
 def draw(runs: list[Path], output: Path) -> None:
-    """Write a PNG with a panel for each of PANELS. Raises ValueError for a folder that is not a run."""
+    """Writes a PNG with a panel for each of PANELS. Raises ValueError for what is not a run."""
     methods: dict[str, list[list[dict]]] = {}
     for run in map(Path, runs):
         metrics = read_metrics(run)

@@ -224,11 +224,11 @@ def _find_questions(questions: list[str], texts: list[str],
 # Which problems can be used, for training and evaluation alike
 
 def keep(problems: list[Problem], name: str, reason: str, test: Callable[[Problem], bool],
-         left_out: list[str]) -> list[Problem]:
+         left_out: list[str], remedy: str = "") -> list[Problem]:
     """The problems that pass `test`; what is left out is counted in a line added to `left_out`.
 
-    name and reason, for the messages: "training problems", "with a prompt over 512 tokens". Raises
-    ValueError if none are left.
+    name and reason are for the messages: "training problems", "with a prompt over 512 tokens".
+    Raises ValueError, with the remedy, if none are left.
     """
     kept = [problem for problem in problems if test(problem)]
     if len(kept) < len(problems):
@@ -236,7 +236,7 @@ def keep(problems: list[Problem], name: str, reason: str, test: Callable[[Proble
         left_out.append(f"left out: {count} {name} {reason}")
     if not kept:
         raise ValueError(f"no {name} are left: all {len(problems)} were left out as {name} "
-                         f"{reason}")
+                         f"{reason}{remedy}")
     return kept
 
 
@@ -246,11 +246,13 @@ def keep_askable(problems: list[Problem], name: str, builder: PromptBuilder, lim
 
     They are admitted to the pools. Arguments and errors: see `keep`.
     """
+    remedy = ("; raise --max-prompt-length, or lower --max-new-tokens or the number of "
+              "demonstrations")
     problems = keep(problems, name, f"with a prompt over {limit} tokens",
-                    lambda p: len(builder.plain(p)) <= limit, left_out)
+                    lambda p: len(builder.plain(p)) <= limit, left_out, remedy)
     for pool in pools:
         admitted = {id(p) for p in pool.admit(problems)}
         problems = keep(problems, name, f"that leave no room for {pool.k} demonstrations in "
                         f"{pool.max_prompt_length} tokens",
-                        lambda p, admitted=admitted: id(p) in admitted, left_out)
+                        lambda p, admitted=admitted: id(p) in admitted, left_out, remedy)
     return problems

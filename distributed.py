@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
-                                    fully_shard)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -136,6 +140,11 @@ def share_out(lengths: Sequence[int], processes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def my_share(lengths: Sequence[int]) -> list[int]:
+    """The indices of this process in share_out."""
+    return share_out(lengths, world_size())[rank()]
+
+
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of consecutive rows whose lengths add up to at most `budget`, a list for each part.
 
@@ -245,6 +254,12 @@ def _with_gradient_or_not(trained, plain, *arguments):
 
 # --------------------------------------------------------------------------------------------------
 # The optimiser
+
+def clip_gradients(model: torch.nn.Module, largest: float) -> float:
+    """Scales the gradients down to a norm of `largest`; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return full_tensor(norm).item()
+
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -14,7 +14,6 @@ import os
 import random
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, variance
@@ -26,14 +25,12 @@ import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
 from data import Demonstrations, Problem, PromptBuilder, keep_askable, load_problems
-from distributed import (gather_objects, init_distributed, is_main, on_main, rank, share_out,
-                         world_size)
+from distributed import gather_objects, init_distributed, is_main, my_share, on_main, world_size
 from model_utils import Transformer, load_model
 from options import EvaluationOptions, OptionParser, check_ranges, embedded, require
 from reward import RewardError, extract_answer, make_scorer, settle
 from rollout import Sampler, generate
 from runs import append_lines, find_model, find_output, follow_tokens, replace_file
-
 
 # --------------------------------------------------------------------------------------------------
 # Sampling, scoring, summary
@@ -60,7 +57,7 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
         return demonstrations.draw(problem, random.Random(f"evaluation {seed} {number}"))[1]
 
     prompts = [prompt(first + i, problem) for i, problem in enumerate(problems)]
-    mine = share_out([len(prompt) + max_new_tokens for prompt in prompts], world_size())[rank()]
+    mine = my_share([len(prompt) + max_new_tokens for prompt in prompts])
     completions = generate(
         model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
@@ -205,9 +202,7 @@ def load_any_model(path: str, device, dtype) -> tuple[Transformer, Any]:
     if checkpoint is None:
         return load_model(folder, device, dtype)
     model, tokenizer = load_model(folder, device)
-    with warnings.catch_warnings():   # one process needs no process group
-        warnings.simplefilter("ignore")
-        dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)   # into these tensors
+    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)   # into these tensors
     return model.to(dtype), tokenizer
 
 
@@ -283,7 +278,7 @@ def main() -> None:
         print_table(o, rows)
         comparison = {}
         if o.compare_shots:
-            import pilot   # it loads matplotlib
+            import pilot  # it loads matplotlib
             by_key = {case.key: row for case, row in zip(cases, rows, strict=True)}
             comparison = {"comparison": pilot.report(o, found, by_key)}
         about = Path(o.output).with_suffix(".json")

@@ -12,12 +12,11 @@ rows, `group` the question of each row, `off_policy` True for rows sampled with 
 with bonus = annealed_bonus(t, T). `logprobs` are those of the plain question in every row;
 `old_logprobs` are those of the prompt that sampled the row.
 
-Four points in which the paper's text leaves a choice:
-1. (ERRS) accepts R ≥ δ. The printed R > δ accepts nothing where R is 0 or 1 and δ is 1;
-   strict=True gives the printed form.
+Where the paper's text leaves a choice:
+1. (ERRS) accepts R ≥ δ, because the printed R > δ accepts nothing where R is 0 or 1 and δ is 1.
 2. (ADV) divides by std + 1e-6 with the unbiased std. A group of equal rewards has advantage 0.
 3. (RATIO) is exact for |log r| up to 79 in float32 and constant beyond, so every ratio is finite.
-4. (ICPO) leaves Z open. Here Z is the number of response tokens that enter the objective.
+4. (ICPO) takes the number of response tokens that enter the objective as Z.
 """
 
 import math
@@ -29,9 +28,9 @@ from torch import Tensor
 def implicit_expert_forcing(policy, demo_prompts):
     """(IEF) π_θ^IEF(τ | q) := π_θ(τ | [D; q]).
 
-    The expert is the policy itself with demonstrations before the question. policy: a function of
-    a list of prompts, either a sampler or a scorer of given responses. demo_prompts: the prompts
-    [D; q]. Returns what policy returns; no gradient flows through these prompts.
+    The expert is the policy itself with demonstrations before the question. policy: a function of a
+    list of prompts. demo_prompts: the prompts [D; q], through which no gradient flows. Returns what
+    policy returns.
     """
     with torch.no_grad():
         return policy(demo_prompts)
@@ -56,18 +55,14 @@ def annealed_bonus(step: int, total_steps: int, alpha: float = 1.0, decay: str =
     or "exponential", γ = e^(−5t/T). Raises ValueError for another decay, t < 0 or T < 1.
     """
     if total_steps < 1 or step < 0:
-        raise ValueError(f"step must be at least 0 and total_steps at least 1, "
-                         f"not {step} and {total_steps}")
-    done = step / total_steps
-    if done >= 1:
-        return 0.0
-    if decay == "linear":
-        return alpha * (1 - done)
-    if decay == "cosine":
-        return alpha * (1 + math.cos(math.pi * done)) / 2
-    if decay == "exponential":
-        return alpha * math.exp(-5 * done)
-    raise ValueError(f"decay must be linear, cosine or exponential, not {decay!r}")
+        raise ValueError(f"step must be at least 0 and total_steps at least 1, not {step} and "
+                         f"{total_steps}")
+    done = min(step / total_steps, 1.0)
+    gamma = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
+             "exponential": math.exp(-5 * done)}
+    if decay not in gamma:
+        raise ValueError(f"decay must be linear, cosine or exponential, not {decay!r}")
+    return alpha * gamma[decay] if done < 1 else 0.0
 
 
 def shaped_rewards(rewards: Tensor, off_policy: Tensor, accepted: Tensor, bonus: float) -> Tensor:
@@ -84,8 +79,8 @@ def mix_groups(off_policy: Tensor, group: Tensor, accepted: Tensor, priority: Te
     """Forms each question's mixed group G_on ∪ G_off, over which (ADV) and (ICPO) are computed.
 
     Off-policy rows that are not accepted leave. mode "replace": each accepted off-policy row takes
-    the place of one on-policy row of its group, chosen by lowest priority; "append": it joins them.
-    off_policy, accepted: [B] bool. group: [B] int, the question of each row. priority: [B], random
+    the place of the on-policy row of lowest priority in its group; "append": it joins them.
+    off_policy, accepted: [B] bool. group: [B] int, the question of each row. priority: [B] random
     numbers. Returns [B] bool, True for the rows in a group. Raises ValueError for another mode.
     """
     if mode not in ("replace", "append"):
@@ -123,8 +118,7 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
     mean = total(rewards.where(keep, 0.0)) / count.clamp(min=1)
     centred = (rewards - mean).where(keep, 0.0)
     std = (total(centred ** 2) / (count - float(unbiased)).clamp(min=1)).sqrt()
-    # Equal rewards are found by comparing them, because 1/eps would magnify a rounding error of
-    # their mean.
+    # Equal rewards are compared, because 1/eps would magnify a rounding error of their mean.
     varied = keep & (extreme("amax", -math.inf) > extreme("amin", math.inf))
     return (centred / (std + eps)).where(varied, 0.0)
 
@@ -167,15 +161,14 @@ def clip(ratio: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: fl
     where A < 0. Returns [B, T]. Raises ValueError for a range that does not hold 1, or c ≤ 1.
     """
     if not 0 <= clip_low <= 1 or clip_high < 0:
-        raise ValueError(f"clip_low must be from 0 to 1 and clip_high at least 0, "
-                         f"not {clip_low} and {clip_high}")
+        raise ValueError(f"clip_low must be from 0 to 1 and clip_high at least 0, not {clip_low} "
+                         f"and {clip_high}")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    clipped = torch.minimum(ratio * advantages,
-                            ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    A = advantages
+    clipped = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
     if dual_clip is not None:
-        clipped = torch.where(advantages < 0, torch.maximum(clipped, dual_clip * advantages),
-                              clipped)
+        clipped = torch.where(A < 0, torch.maximum(clipped, dual_clip * A), clipped)
     return clipped
 
 
@@ -184,9 +177,8 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
                            clip_high: float = 0.2) -> Tensor:
     """(MIXED) J(θ) = E_on[ 1/|τ| Σ_t CLIP(r_t, Â, ε) ] + E_off[ 1/|τ| Σ_t CLIP(r̂_t, Â, ε) ].
 
-    J is to be maximised. It is the paper's step towards (ICPO), which shapes the off-policy ratio,
-    rejects by (ERRS) and divides by Z instead. Arguments: see `icpo_loss`; rows without response
-    tokens do not count. Returns a scalar.
+    J is to be maximised. (ICPO) shapes the off-policy ratio, rejects by (ERRS) and divides by Z
+    instead. Arguments: see `icpo_loss`; rows without response tokens do not count.
     """
     counts = mask.bool()
     logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs))
@@ -200,10 +192,7 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of KL(π_θ ‖ π_ref) at each token: e^x − x − 1 with x = log π_ref − log π_θ.
-
-    Both of any one shape. Returns that shape, ≥ 0.
-    """
+    """The k3 estimate of KL(π_θ ‖ π_ref) at each token: e^x − x − 1, x = log π_ref − log π_θ."""
     x = ref_logprobs - logprobs
     return _bounded_exp(x) - x - 1
 
@@ -217,14 +206,12 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     """(ICPO) J = 1/Z · ( Σ_i Σ_t CLIP(r_{i,t}, A_i, ε) + ρ( Σ_j Σ_t CLIP(f(r̂_{j,t}), Â_j, ε) ) ).
 
     The loss is −J + β·KL.
-    logprobs: [B, T], log π_θ of each response token after the plain question, in every row; they
-        carry the gradient.
+    logprobs: [B, T], log π_θ of each response token after the plain question, in every row.
     old_logprobs: [B, T], under the policy and prompt that sampled: q on-policy, [D; q] off-policy.
         Off-policy rows of it are not read where off_policy_denominator is "one".
-    advantages: [B], from `group_advantages`.
+    advantages: [B], from `group_advantages`. off_policy: [B] bool.
     mask: [B, T], 1.0 on response tokens that count, 0.0 elsewhere. ρ is this mask: it is 0 in
         rejected rows. Values at masked places are not used.
-    off_policy: [B] bool.
     clip_low, clip_high: ε below and above 1; GRPO uses 0.2 and 0.2. clip_off_policy: whether (CLIP)
         applies to off-policy rows; as f < 1, this makes no difference where Â ≥ 0.
     shaping_lambda: λ of f, see `policy_shaping`; None leaves r̂ as it is.
@@ -232,12 +219,11 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     normalizer: Z, by default mask.sum(). With the Z of the whole batch, the losses of the parts of
         any split add up to the loss of the whole, and so do all metrics except ratio_max.
     ref_logprobs: [B, T], under the reference policy after the plain question. kl_coef: β.
-
-    Returns (loss, metrics): scalars, the metrics without gradient. policy_loss is −J; kl is `kl_k3`
-    over Z; clip_fraction counts tokens at which a clip binds, over Z; clip_fraction_off counts the
-    off-policy ones of them, over Z; off_policy_share counts off-policy tokens, over Z; ratio_max is
-    the largest r or r̂, before f. An empty mask gives loss 0. Raises ValueError for shapes that do
-    not fit and for settings that make no sense.
+    Returns (loss, metrics): scalars, the metrics without gradient. policy_loss is −J. ratio_max is
+    the largest r or r̂, before f. The others are sums over Z: kl of `kl_k3`, clip_fraction of tokens
+    at which a clip binds, clip_fraction_off of the off-policy ones of them, off_policy_share of
+    off-policy tokens. An empty mask gives loss 0. Raises ValueError for shapes that do not fit and
+    for settings that make no sense.
     """
     _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, kl_coef)
     counts = mask.bool()
@@ -247,8 +233,7 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     logprobs = logprobs.to(dtype).where(counts, 0.0)
     old_logprobs = old_logprobs.detach().to(dtype).where(counts, 0.0)
     mask = mask.to(dtype)
-    Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, dtype=dtype,
-                                                              device=mask.device)
+    Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer).to(mask)
     Z = Z.where(Z > 0, 1.0)
 
     ratio = importance_ratio(logprobs, old_logprobs, off_policy, off_policy_denominator,

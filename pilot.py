@@ -47,9 +47,9 @@ def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, acc
     such an answer. hotter: the changes at raised temperatures.
     """
     low, high = 100 * change["difference_low"], 100 * change["difference_high"]
-    text = (f"On {data}, {shots} demonstration{'s' * (shots > 1)} in the context moved the accuracy "
-            f"from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({low:+.1f} to {high:+.1f} "
-            f"points): ")
+    text = (f"On {data}, {shots} demonstration{'s' * (shots > 1)} in the context moved the "
+            f"accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({low:+.1f} to "
+            f"{high:+.1f} points): ")
     if plain["problems"] < 20:
         text += f"{plain['problems']} problems are too few to say whether they help."
     elif low > 0:
@@ -59,8 +59,8 @@ def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, acc
         text += ("they do harm, and ICPO should not be expected to help this model; try other "
                  "demonstrations.")
     else:
-        text += (f"with {plain['problems']} problems the two cannot be told apart, and whether ICPO "
-                 f"helps is open; more problems or samples would narrow it down.")
+        text += (f"with {plain['problems']} problems the two cannot be told apart, and whether "
+                 f"ICPO helps is open; more problems or samples would narrow it down.")
     text += (f" ERRS would accept {accepted:.1%} of the answers with demonstrations, at least one "
              f"to {solved:.1%} of the problems.")
     if hotter:

@@ -12,10 +12,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data import (Demonstrations, Problem, PromptBuilder, keep, keep_askable, load_problems,
-                  normalise)
-from distributed import (AdamW, gather_objects, init_distributed, is_main, on_main, shard,
-                         world_size, wrap_blocks)
+from data import (
+    Demonstrations,
+    Problem,
+    PromptBuilder,
+    keep,
+    keep_askable,
+    load_problems,
+    normalise,
+)
+from distributed import (
+    AdamW,
+    gather_objects,
+    init_distributed,
+    is_main,
+    on_main,
+    shard,
+    world_size,
+    wrap_blocks,
+)
 from machine import return_freed_memory
 from model_utils import Transformer, load_model
 from options import TrainingOptions, embedded, parse_training, require, resolve

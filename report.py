@@ -1,11 +1,12 @@
 """What a run reports of its steps: the rows of metrics.jsonl and samples.jsonl, and its end."""
 
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from curves import draw
-from distributed import Totals, gather_lists, is_main
+from curves import draw, read_metrics
+from distributed import Totals, barrier, gather_lists, is_main
 from runs import append_lines
 
 if TYPE_CHECKING:
@@ -85,6 +86,14 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             file = run.folder / f"skipped-step-{step}.jsonl"
             file.unlink(missing_ok=True)   # a run that was resumed may have left one
             append_lines(file, skipped)
+
+
+def read_accuracies(folder: Path) -> list[float]:
+    """The held-out accuracies of the steps made so far. Every process must call it."""
+    accuracies = [row[name] for row in read_metrics(folder)
+                  for name in ("eval_accuracy_before", "eval_accuracy") if name in row]
+    barrier()   # every process reads the file before rank 0 adds to it
+    return accuracies
 
 
 def say_results(run: "Run", accuracies: list[float]) -> None:

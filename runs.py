@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 from distributed import barrier, is_main, on_main, rank, world_size
-from options import (EvaluationOptions, TrainingOptions, embedded, require,
-                     settings_that_stay)
+from options import EvaluationOptions, TrainingOptions, embedded, require, settings_that_stay
+
+# DCP says this in a run of one process, which needs no process group.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,6 +44,11 @@ def replace_file(file: Path, text: str) -> None:
     aside = file.with_name(f".{file.name}.partial")
     aside.write_text(text)
     aside.replace(file)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, if it is there. Every process must call it."""
+    on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def append_lines(file: Path, objects: list[dict]) -> None:

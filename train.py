@@ -19,12 +19,9 @@ before. So any number of processes makes the same update, and a resumed run need
 
 import contextlib
 import functools
-import json
 import math
 import random
-import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -34,21 +31,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
+import icpo
+import report
+import runs
 from curves import draw
 from data import Problem
-from distributed import (Totals, barrier, full_tensor, gather_model, gather_objects, is_main,
-                         micro_batches, rank, share_out, world_size)
+from distributed import gather_objects, is_main, world_size
 from eval import evaluate
-from icpo import (annealed_bonus, expert_region, group_advantages, icpo_loss,
-                  implicit_expert_forcing, mix_groups, shaped_rewards)
 from machine import prepare_gradients
 from model_utils import pack, response_logprobs, save_model, to_rows
 from prepare import Run, prepare
-from report import measure, say_results, write_rows
 from reward import RewardError
 from rollout import Work, generate
-from runs import (NotFinite, Phases, how_to_go_on, messages_on_exit, save_checkpoint, say_sampling,
-                  stop_on_signal)
+
+
+def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "Batch"]:
+    """Steps 1 to 5. Returns the metrics, the same on every process, and this process's batch."""
+    o, phases = run.options, runs.Phases(say)
+    phases.start("sampling")
+    questions = draw_questions(run, step)                                              # 1
+    responses = sample_responses(run, questions, step, say)                            # 2     (IEF)
+    phases.start("scoring")
+    rewards = score_responses(run, responses)                                          # 3
+    batch = form_groups(run, responses, rewards, step)                    # 3, 4  (ERRS) (RS) (ADV)
+    phases.start("updating")
+    gap = recompute_logprobs(run, responses) if o.old_logprobs == "recompute" else None
+    updates = [update(run, part) for part in batch.mini_batches(o.mini_batch_size)]    # 4    (ICPO)
+    return report.measure(run, step, batch, updates, gap, phases.seconds()), batch     # 5
 
 
 @dataclass(eq=False)
@@ -100,24 +110,6 @@ class Batch:
                    self.keep.tolist(), self.advantages.tolist(), strict=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# The method
-
-def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, Batch]:
-    """Steps 1 to 5. Returns the metrics, the same on every process, and this process's batch."""
-    o, phases = run.options, Phases(say)
-    phases.start("sampling")
-    questions = draw_questions(run, step)                                              # 1
-    responses = sample_responses(run, questions, step, say)                            # 2     (IEF)
-    phases.start("scoring")
-    rewards = score_responses(run, responses)                                          # 3
-    batch = form_groups(run, responses, rewards, step)                    # 3, 4  (ERRS) (RS) (ADV)
-    phases.start("updating")
-    gap = recompute_logprobs(run, responses) if o.old_logprobs == "recompute" else None
-    updates = [update(run, part) for part in batch.mini_batches(o.mini_batch_size)]    # 4    (ICPO)
-    return measure(run, step, batch, updates, gap, phases.seconds()), batch            # 5
-
-
 def draw_questions(run: Run, step: int) -> list[Question]:
     """Step 1: this process's share of the batch. Questions come in a random order each epoch."""
     o, count = run.options, len(run.problems)
@@ -136,7 +128,7 @@ def draw_questions(run: Run, step: int) -> list[Question]:
         part = [question(index) for index in range(begin, begin + o.mini_batch_size)]
         lengths = [sum(len(prompt) + o.max_new_tokens for prompt in [q.prompt] * o.n_on
                        + q.demo_prompts) for q in part]
-        mine += [part[i] for i in share_out(lengths, world_size())[rank()]]
+        mine += [part[i] for i in distributed.my_share(lengths)]
     return mine
 
 
@@ -162,9 +154,9 @@ def sample_responses(run: Run, questions: list[Question], step: int,
                 temperature=o.temperature, top_p=o.top_p, top_k=o.top_k, stop_ids=model.stop_ids,
                 seed=o.seed, stream_ids=[stream(1, q.index) for q in questions]
                 + [stream(2, q.index * o.n_off + j) for q, j, _ in demo], sampler=run.sampler,
-                progress=say_sampling(say, sum(counts)))
+                progress=runs.say_sampling(say, sum(counts)))
 
-        found = iter(implicit_expert_forcing(policy, [prompt for *_, prompt in demo]))    # (IEF)
+        found = iter(icpo.implicit_expert_forcing(policy, [prompt for *_, prompt in demo]))
     sampled = [(q, False, q.prompt, next(found)) for q in questions for _ in range(o.n_on)]
     sampled += [(q, True, prompt, next(found)) for q, _, prompt in demo]
     rows = [(q, off_policy, prompt, c.tokens, c.logprobs, c.finished)
@@ -181,7 +173,7 @@ def sample_responses(run: Run, questions: list[Question], step: int,
 @contextlib.contextmanager
 def behaviour_policy(run: Run):
     """θ_old to sample with, whole; afterwards the update can use the memory that sampling took."""
-    model = gather_model(run.model, getattr(torch, run.options.dtype))
+    model = distributed.gather_model(run.model, getattr(torch, run.options.dtype))
     run.sampler.work = Work()
     yield model
     if model is not run.model or run.device.type == "cpu":   # no CUDA graph could serve again
@@ -199,14 +191,15 @@ def form_groups(run: Run, responses: list[Response], rewards: Tensor, step: int)
     o = run.options
     group = torch.tensor([r.question.index for r in responses])
     off_policy = torch.tensor([r.off_policy for r in responses])
-    region = expert_region(rewards, off_policy, o.delta, o.errs_strict)                   # (ERRS)
+    region = icpo.expert_region(rewards, off_policy, o.delta, o.errs_strict)              # (ERRS)
     accepted = region if o.errs else torch.ones_like(region)
-    bonus = annealed_bonus(step, o.bonus_steps, o.alpha, o.bonus_decay) if o.rs else 0.0  # (RS)
+    bonus = icpo.annealed_bonus(step, o.bonus_steps, o.alpha, o.bonus_decay) if o.rs else 0.0
     draws = {i: random.Random(f"replace {o.seed} {step} {i}") for i in set(group.tolist())}
     priority = torch.tensor([draws[i].random() for i in group.tolist()], dtype=torch.float64)
-    keep = mix_groups(off_policy, group, accepted, priority, o.group)
-    shaped = shaped_rewards(rewards, off_policy, region, bonus)                           # (RS)
-    advantages = group_advantages(shaped, group, keep, o.advantage_eps, o.std_unbiased)   # (ADV)
+    keep = icpo.mix_groups(off_policy, group, accepted, priority, o.group)
+    shaped = icpo.shaped_rewards(rewards, off_policy, region, bonus)                      # (RS)
+    advantages = icpo.group_advantages(shaped, group, keep, o.advantage_eps,
+                                       o.std_unbiased)                                    # (ADV)
     return Batch(responses, group, off_policy, rewards, accepted, keep, advantages, bonus)
 
 
@@ -217,9 +210,9 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     over all processes.
     """
     o, batch = run.options, batch.select(batch.keep.nonzero()[:, 0].tolist())
-    parts = micro_batches([len(r.question.prompt) + len(r.tokens) for r in batch.responses],
-                          o.micro_batch_tokens)
-    totals, size = Totals(), Totals()
+    parts = distributed.micro_batches(
+        [len(r.question.prompt) + len(r.tokens) for r in batch.responses], o.micro_batch_tokens)
+    totals, size = distributed.Totals(), distributed.Totals()
     size.add(tokens=sum(len(r.tokens) for r in batch.responses), parts=sum(map(bool, parts)))
     size = size.over_processes()
     share = 1.0 if o.normalizer == "batch" else 1.0 / size["parts"]
@@ -237,7 +230,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         if run.reference is not None:
             with torch.no_grad():
                 ref_logprobs, _ = response_logprobs(run.reference, packing, o.temperature)
-        loss, metrics = icpo_loss(                                                         # (ICPO)
+        loss, metrics = icpo.icpo_loss(                                                    # (ICPO)
             logprobs, old_logprobs, micro.advantages.float().to(run.device), mask, off_policy,
             clip_low=o.clip_low, clip_high=o.clip_high,
             shaping_lambda=o.shaping_lambda if o.shaping else None,
@@ -255,7 +248,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
                    entropy=(entropy * on_policy).sum().item(), on_policy=on_policy.sum().item(),
                    cells=sum(bucket.numel() for bucket in packing.buckets),
                    padding=packing.padding, shared=packing.shared)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), o.grad_clip)).item()
+    norm = distributed.clip_gradients(run.model, o.grad_clip)
     found = totals.over_processes() | {"grad_norm": norm}
     found["skipped"] = not math.isfinite(found["policy_loss"] + norm)
     if not found["skipped"]:
@@ -278,8 +271,8 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
     """
     gap, o = 0.0, run.options
     responses = [r for r in responses if not (r.off_policy and o.off_policy == "dataset")]
-    for rows in micro_batches([len(r.behaviour_prompt) + len(r.tokens) for r in responses],
-                              o.micro_batch_tokens):
+    for rows in distributed.micro_batches(
+            [len(r.behaviour_prompt) + len(r.tokens) for r in responses], o.micro_batch_tokens):
         micro = [responses[i] for i in rows] or [_ROW]
         packing = pack([r.behaviour_prompt for r in micro], [r.tokens for r in micro], run.device)
         logprobs, _ = response_logprobs(run.model, packing, o.temperature)
@@ -296,7 +289,7 @@ def held_out_accuracy(run: Run) -> float:
     """The mean score of answers to the held-out problems, asked plainly."""
     o = run.options
     records = evaluate(
-        gather_model(run.model, getattr(torch, o.dtype)), run.builder, run.held_out,
+        distributed.gather_model(run.model, getattr(torch, o.dtype)), run.builder, run.held_out,
         samples=o.eval_samples, max_new_tokens=o.max_new_tokens, temperature=o.eval_temperature,
         top_p=o.eval_top_p, top_k=o.eval_top_k, seed=o.seed, sampler=run.sampler, scorer=run.scorer)
     return fmean(record["score"] for record in records)
@@ -307,13 +300,9 @@ def train(run: Run) -> None:
 
     Raises NotFinite, RewardError, and OSError where a file cannot be written.
     """
-    o, skipped = run.options, 0
-    rows = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
-    accuracies = [row[name] for row in rows for name in ("eval_accuracy_before", "eval_accuracy")
-                  if name in row]
-    barrier()   # every process reads the file before rank 0 adds to it
-    with (stop_on_signal() as stop, tqdm(total=o.steps, initial=run.start, unit="step",
-                                         desc=o.method, disable=not is_main()) as bar):
+    o, skipped, accuracies = run.options, 0, report.read_accuracies(run.folder)
+    with (runs.stop_on_signal() as stop, tqdm(total=o.steps, initial=run.start, unit="step",
+                                              desc=o.method, disable=not is_main()) as bar):
         def say(phase: str) -> None:
             bar.set_description(f"{o.method}, {phase}")
 
@@ -329,17 +318,18 @@ def train(run: Run) -> None:
             if o.eval_every and (last or (step + 1) % o.eval_every == 0):
                 before |= evaluate_now(step + 1)
             metrics |= before
-            write_rows(run, batch, metrics)
+            report.write_rows(run, batch, metrics)
             bar.set_postfix(reward=f"{metrics['reward_on']:.2f}",
                             **({"accuracy": f"{accuracies[-1]:.1%}"} if accuracies else {}))
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             if skipped == o.max_skipped:
-                raise NotFinite(skipped, run.folder)
+                raise runs.NotFinite(skipped, run.folder)
             # The signal may have reached one process alone.
             stopped = any(gather_objects(stop.received is not None))
             if stopped or o.checkpoint_every and (last or (step + 1) % o.checkpoint_every == 0):
                 say("saving")
-                save_checkpoint(run.folder, run.model, run.optimizer, step + 1, o.keep_checkpoints)
+                runs.save_checkpoint(run.folder, run.model, run.optimizer, step + 1,
+                                     o.keep_checkpoints)
                 if is_main():
                     draw([run.folder], run.folder / "curves.png")
             bar.update()
@@ -347,27 +337,23 @@ def train(run: Run) -> None:
                 say("stopped")
                 if is_main():
                     print(f"stopped after step {step + 1} of {o.steps}; go on with: "
-                          f"{how_to_go_on(run.folder)}")
+                          f"{runs.how_to_go_on(run.folder)}")
                 return
         say("done")
     final = run.folder / "final"
-    if is_main():   # a shorter run that --resume --steps made longer has left one
-        shutil.rmtree(final, ignore_errors=True)
-    barrier()
+    runs.remove(final)   # a shorter run that --resume --steps made longer has left one
     save_model(run.model, run.builder.tokenizer, final)
-    say_results(run, accuracies)
+    report.say_results(run, accuracies)
 
 
 def main() -> None:
-    # DCP says this in a run of one process, which needs no process group.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
     try:
         run = prepare(sys.argv[1:])
     except ValueError as error:
         if is_main():
             print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    with messages_on_exit(run.folder, RewardError):
+    with runs.messages_on_exit(run.folder, RewardError):
         train(run)
 
 

@@ -40,8 +40,8 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from curves import COLOURS, draw_groups, read_metrics, series   # noqa: E402
-from tiny.make import make_problems, write_jsonl   # noqa: E402
+from curves import COLOURS, draw_groups, read_metrics, series
+from tiny.make import make_problems, write_jsonl
 
 SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
 MAKE = "--init tiny/model --learning-rate 1e-3 --slips 0.05 --document-terms 5 10"
@@ -210,7 +210,7 @@ def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> 
     figure, axes = plt.subplots(1, len(drawn), figsize=(12, 0.9 + 0.36 * len(results)),
                                 layout="constrained", sharey=True)
     for axis, (measure, text) in zip(axes, drawn):
-        for row, (name, runs) in enumerate(results.items()):
+        for row, runs in enumerate(results.values()):
             values = [100 * values[measure] for values in runs.values()]
             mean, low, high = bootstrap(values)
             axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)

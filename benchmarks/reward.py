@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.rollout import report   # noqa: E402
-from reward import score   # noqa: E402
-from tests.test_reward import mutate   # noqa: E402
+from benchmarks.rollout import report
+from reward import score
+from tests.test_reward import mutate
 
 TARGETS = [("seconds", "<=", 20.0), ("disagreements", "<=", 0)]
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import PromptBuilder, load_problems   # noqa: E402
-from options import DTYPES, TINY, make_parser, option, parse   # noqa: E402
-from model_utils import ModelConfig, Transformer, find_folder, load_model, token_logprobs   # noqa: E402
-from rollout import Sampler, Work, generate   # noqa: E402
+from data import PromptBuilder, load_problems
+from model_utils import ModelConfig, Transformer, find_folder, load_model, token_logprobs
+from options import TINY, DType, OptionParser, option
+from rollout import Sampler, Work, generate
 
 # The targets of --check: (figure, at least or at most, bound).
 TARGETS = {
@@ -58,7 +58,7 @@ class Options:
     repeats: int = option(0, "timed rollouts of each case; 0 is 20 for tiny, else 1")
     compile: bool = option(False, "compile the decode step with torch.compile; this is not timed")
     check: bool = option(False, "exit with status 1 if a target is missed")
-    dtype: str = option("float32", "type of weights and computation", choices=list(DTYPES))
+    dtype: DType = option("float32", "type of weights and computation")
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     seed: int = option(0, "seed of prompts, stop ids and sampling")
 
@@ -334,10 +334,10 @@ def logprob_gap(model: Transformer, case: Case, sampler: Sampler, seed: int) -> 
 
 
 def main() -> None:
-    options = parse(make_parser(Options, (__doc__ or "").split("\n")[0]), sys.argv[1:])
+    options = OptionParser(Options, str(__doc__).split("\n")[0]).parse(sys.argv[1:])
     gpu = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    dtype = DTYPES[options.dtype]
+    dtype = getattr(torch, options.dtype)
     if any(slots < 8 or slots % 8 for slots in options.slots):
         sys.exit(f"benchmarks/rollout.py: error: --slots must be multiples of 8 because each "
                  f"prompt has 8 responses; they are {options.slots}")

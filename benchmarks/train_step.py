@@ -24,18 +24,27 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train as trainer   # noqa: E402
-from benchmarks.rollout import (QWEN3_1_7B, Case, block_weights, find_stop_ids, measure_machine, peak_resident,   # noqa: E402
-                                report, synchronise)
-from options import DTYPES, TINY, make_parser, option, parse   # noqa: E402
-from model_utils import ModelConfig, find_folder, load_model   # noqa: E402
-from reward import score   # noqa: E402
+import train as trainer
+from benchmarks.rollout import (
+    QWEN3_1_7B,
+    Case,
+    block_weights,
+    find_stop_ids,
+    measure_machine,
+    peak_resident,
+    report,
+    synchronise,
+)
+from model_utils import ModelConfig, find_folder, load_model
+from options import TINY, DType, OptionParser, option
+from reward import score
 
 # The targets of --check for a real model: (figure, at least or at most, bound).
 TARGETS = {
@@ -57,11 +66,10 @@ class Options:
     steps: int = option(2, "timed steps, after one step that is not timed")
     micro_batch_tokens: int = option(1024, "as in train.py, but at least one sequence; TRL takes 8 "
                                      "sequences at a time, its default")
-    recompute_activations: str = option("all", "as in train.py", choices=["none", "cheap", "all"])
+    recompute_activations: Literal["none", "cheap", "all"] = option("all", "as in train.py")
     check: bool = option(False, "exit with status 1 if a target is missed")
     communication: bool = option(False, "print the bytes that GPUs exchange; do not time anything")
-    dtype: str = option("float32", "type of the computation; master weights are float32",
-                        choices=list(DTYPES))
+    dtype: DType = option("float32", "type of the computation; master weights are float32")
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     seed: int = option(0, "seed of prompts, stop ids and sampling")
     job: str = option("", "settings that this script passes to the processes that it starts")
@@ -87,7 +95,8 @@ def run_here(job: dict) -> dict:
     for step in range(job["steps"] + 1):
         synchronise(run.device)
         started = time.perf_counter()
-        metrics, rows = trainer.train_step(run, step, lambda phase: None)
+        metrics, batch = trainer.train_step(run, step, lambda phase: None)
+        rows = batch.responses
         synchronise(run.device)
         results.append({"seconds": time.perf_counter() - started,
                         "tokens": sum(len(row.tokens) for row in rows),
@@ -99,10 +108,10 @@ def run_here(job: dict) -> dict:
 
 def update_operations(config: ModelConfig, rows) -> float:
     """The multiplications and additions that these rows' gradient needs, without recomputation."""
-    c, prompts = config, {row.slot: len(row.prompt) for row in rows}
+    c, prompts = config, {row.question: len(row.question.prompt) for row in rows}
     responses = sum(len(row.tokens) for row in rows)
     positions = sum(prompts.values()) + responses - len(rows)
-    attended = sum((len(row.prompt) + len(row.tokens)) ** 2 / 2 for row in rows)
+    attended = sum((len(row.question.prompt) + len(row.tokens)) ** 2 / 2 for row in rows)
     return (6 * c.num_layers * block_weights(c) * positions
             + 6 * c.vocab_size * c.hidden_size * responses
             + 12 * c.num_layers * c.num_heads * c.head_dim * attended)
@@ -169,7 +178,7 @@ def make_prompts(tokenizer, count: int, length: int, seed: int) -> list[str]:
     words = [text for token in range(len(tokenizer))
              if (text := tokenizer.decode([token]))[:1] == " "
              and text[1:].isalpha() and text.isascii()] or list("123456789")
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)   # noqa: E731
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     for _ in range(100 * count):
         chosen = draw.choices(words, k=length)
         while len(encode("".join(chosen).strip())) > length:
@@ -197,7 +206,7 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
         path = folder / "model"
     else:
         path = TINY / "model" if options.model == "tiny" else find_folder(options.model)
-    model, tokenizer = load_model(path, device, DTYPES[options.dtype])
+    model, tokenizer = load_model(path, device, getattr(torch, options.dtype))
     texts = make_prompts(tokenizer, options.prompts + 1, options.prompt_length, options.seed)
     for name, chosen in (("train", texts[1:]), ("test", texts[:1])):
         (folder / f"{name}.jsonl").write_text("".join(
@@ -207,7 +216,7 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
     stop_ids = find_stop_ids(model.requires_grad_(False), sampled, options.max_new_tokens / 4,
                              options.seed)
     del model
-    _, rate = measure_machine(torch.device(device), DTYPES[options.dtype])
+    _, rate = measure_machine(torch.device(device), getattr(torch, options.dtype))
     figures = {"matmul_gflop_per_second": rate / 1e9}
     for case, stops in (("equal", ()), ("varying", stop_ids)):
         found = {}
@@ -292,7 +301,7 @@ def print_communication() -> None:
 
 
 def main() -> None:
-    options = parse(make_parser(Options, (__doc__ or "").split("\n\n")[0]), sys.argv[1:])
+    options = OptionParser(Options, str(__doc__).split("\n\n")[0]).parse(sys.argv[1:])
     if options.job:
         return serve(json.loads(options.job))
     if options.communication:

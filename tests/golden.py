@@ -4,7 +4,7 @@
     python tests/golden.py after.json --against before.json
     python tests/golden.py now.json --only luffy eval   # cases whose names have one of these words
 
-Each case runs train.py or eval.py with fixed seeds on the CPU, one thread a process. Recorded are
+Each case runs train.py or eval.py with fixed seeds on the CPU, one thread a process. It records
 metrics.jsonl without the fields that depend on the clock, samples.jsonl, a hash of the final
 weights, the samples of an evaluation and its table. --against lists every difference, to the last
 bit, and exits with status 1 if there is one. Another machine or PyTorch release rounds otherwise,
@@ -12,13 +12,8 @@ so both recordings must come from the same one. --root records another checkout.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
-import runpy
-import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from processes import ROOT, run
+
 CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds",
          "tokens_per_second", "prefill_seconds", "decode_seconds"}
 BASE = ("--batch-size 4 --n-on 4 --eval-problems 16 --steps 3 --eval-every 2 --checkpoint-every 2 "
@@ -54,7 +51,7 @@ TRAINING = {   # name: (options, processes)
     "recompute all": ("--recompute-activations all --micro-batch-tokens 600", 1),
     "moments in bfloat16": ("--optimizer-state bfloat16", 1),
     "second pass": ("--old-logprobs recompute --top-p 0.9 --top-k 20 --mini-batch-size 2", 1),
-    "own reward": ("--reward REWARD:part --delta 0.5", 1),
+    "own reward": ("--reward reward.py:part --delta 0.5", 1),
     "pairs of 4": ("--shard-size 2", 4),
     "prompts": ("--num-demonstrations 2 --n-off 2 --demo-chat-template false "
                 "--instruction Think.", 1),
@@ -79,71 +76,31 @@ EVALUATION = {   # name: (options, processes)
 }
 
 
-def serve(root: str, script: str, arguments: list[str], environment: dict, output: str) -> None:
-    """A process that runs a script as `python script arguments` would."""
-    sys.stdout.flush()
-    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    os.environ |= environment
-    os.chdir(Path(output).parent)
-    sys.argv[:] = [script, *arguments]
-    sys.path[0] = root
-    runpy.run_path(f"{root}/{script}", run_name="__main__")
-
-
-def run(context, root: Path, folder: Path, script: str, arguments: list[str],
-        processes: int = 1) -> str:
-    """Returns what rank 0 prints. Raises RuntimeError where a process fails."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    outputs, running = [], []
-    for rank in range(processes):
-        environment = {} if processes == 1 else dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-            LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        outputs.append(folder / f"output-{rank}.txt")
-        outputs[-1].unlink(missing_ok=True)
-        running.append(context.Process(target=serve, args=(
-            str(root), script, arguments, environment, str(outputs[-1]))))
-        running[-1].start()
-    for process in running:
-        process.join()
-    if any(process.exitcode for process in running):
-        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n"
-                           + "\n".join(output.read_text()[-3000:] for output in outputs))
-    return outputs[0].read_text()
-
-
 def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def record(context, root: Path, name: str) -> dict:
+def record(root: Path, name: str) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        (folder / "reward.py").write_text(REWARD)
         if name in EVALUATION:
             options, processes = EVALUATION[name]
-            said = run(context, root, folder, "eval.py",
-                       [*options.split(), "--device", "cpu", "--output", "e.jsonl"], processes)
+            said = run("eval.py", *options.split(), "--device", "cpu", "--output", "e.jsonl",
+                       processes=processes, cwd=folder, root=root).stdout
             about = json.loads((folder / "e.json").read_text())
             return {"samples": lines_of(folder / "e.jsonl"), "rows": about["rows"],
                     "comparison": about.get("comparison"),
                     "table": [line for line in said.splitlines()
                               if line.startswith(("tiny ", "On tiny"))]}
-        (folder / "reward.py").write_text(REWARD)
-        if name in RESUMED:
-            for steps, more in (("2", []), ("4", ["--resume"])):
-                run(context, root, folder, "train.py",
-                    [*BASE.split(), "--steps", steps, *more, "--output-dir", "run"], RESUMED[name])
-        else:
-            options, processes = TRAINING[name]
-            options = options.replace("REWARD", str(folder / "reward.py")).split()
-            run(context, root, folder, "train.py",
-                [*BASE.split(), *options, "--output-dir", "run"], processes)
-        weights = hashlib.sha256((folder / "run/final/model.safetensors").read_bytes()).hexdigest()
-        return {"weights": weights, "samples": lines_of(folder / "run/samples.jsonl"),
+        stages = [TRAINING[name]] if name in TRAINING else [
+            ("--steps 2", RESUMED[name]), ("--steps 4 --resume", RESUMED[name])]
+        for options, processes in stages:
+            run("train.py", *BASE.split(), *options.split(), "--output-dir", "run",
+                processes=processes, cwd=folder, root=root)
+        weights = (folder / "run/final/model.safetensors").read_bytes()
+        return {"weights": hashlib.sha256(weights).hexdigest(),
+                "samples": lines_of(folder / "run/samples.jsonl"),
                 "metrics": [{key: value for key, value in row.items() if key not in CLOCK}
                             for row in lines_of(folder / "run/metrics.jsonl")]}
 
@@ -174,15 +131,9 @@ def main() -> None:
     options = parser.parse_args()
     names = [name for name in (*TRAINING, *RESUMED, *EVALUATION)
              if not options.only or any(word in name for word in options.only)]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "transformers",
-                                    "matplotlib.pyplot", "rapidfuzz"])
     found = {}
-    with ThreadPoolExecutor(2) as pool, contextlib.suppress(BrokenPipeError):
-        futures = {name: pool.submit(record, context, options.root.resolve(), name)
-                   for name in names}
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: pool.submit(record, options.root.resolve(), name) for name in names}
         for name, future in tqdm(futures.items(), unit="case"):
             found[name] = future.result()
     options.output.write_text(json.dumps(found, indent=1) + "\n")

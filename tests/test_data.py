@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
-from make import make_tokenizer
-
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
+from make import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +128,11 @@ def test_draws_fit_the_limit_or_the_question_is_not_admitted(tokenizer):
 def test_draws_depend_on_the_random_number_generator_alone(tokenizer):
     pool = [Problem(f"{i}+1", str(i + 1), "0") for i in range(50)]
     one, other = (demonstrations(tokenizer, pool, k=2) for _ in range(2))
-    draws = [[each.draw(Problem("9+9", "18"), random.Random(seed))[0] for seed in range(10)]
+    question = Problem("9+9", "18")
+    for each in (one, other):
+        with pytest.raises(ValueError, match="was not given to admit"):
+            each.draw(question, random.Random(0))
+        each.admit([question])
+    draws = [[each.draw(question, random.Random(seed))[0] for seed in range(10)]
              for each in (one, other)]
     assert draws[0] == draws[1] and len({d[0].problem for d in draws[0]}) > 5

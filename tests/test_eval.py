@@ -15,8 +15,9 @@ import curves
 import pilot
 import train
 from data import Demonstrations, PromptBuilder, load_problems
-from eval import Options, evaluate, interval, load_any_model, prepare, summarise
+from eval import evaluate, interval, load_any_model, prepare, summarise
 from model_utils import load_model
+from options import EvaluationOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -109,10 +110,12 @@ def test_an_evaluation_depends_only_on_seed_and_problem(embedded):
     (dict(data=["tiny", "tiny"]), "names one twice"), (dict(reward="gone.py:f"), "names no file"),
     (dict(output="x.json"), "give x.jsonl, not x.json"),
     (dict(max_new_tokens=1024), "tiny has 1024 positions"),
-    (dict(max_prompt_length=5), "no problem of tiny is left: every prompt passes 5 tokens")])
+    (dict(max_prompt_length=5),
+         "no problems of tiny are left: all 256 were left out as problems of tiny with a prompt "
+         "over 5 tokens; raise --max-prompt-length")])
 def test_invalid_options_are_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        prepare(Options(**change))
+        prepare(EvaluationOptions(**change))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -11,8 +11,20 @@ import torch
 from torch import tensor
 
 import icpo
-from icpo import (annealed_bonus, clip, expert_region, group_advantages, icpo_loss, implicit_expert_forcing,
-                  importance_ratio, kl_k3, mix_groups, mixed_policy_objective, policy_shaping, shaped_rewards)
+from icpo import (
+    annealed_bonus,
+    clip,
+    expert_region,
+    group_advantages,
+    icpo_loss,
+    implicit_expert_forcing,
+    importance_ratio,
+    kl_k3,
+    mix_groups,
+    mixed_policy_objective,
+    policy_shaping,
+    shaped_rewards,
+)
 
 F64 = torch.float64
 

@@ -14,12 +14,26 @@ from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from distributed import gather_model, wrap_blocks
-from machine import pack_weights
-from model_utils import (KVCache, ModelConfig, Transformer, load_model, pack, response_logprobs,
-                         save_model, token_logprobs)
+from machine import merged_products
+from model_utils import (
+    KVCache,
+    ModelConfig,
+    Transformer,
+    load_model,
+    pack,
+    response_logprobs,
+    save_model,
+    token_logprobs,
+)
 from rollout import generate
 
 V, STOP = 100, 3
@@ -304,7 +318,7 @@ def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, m
     expected_gradients = torch.autograd.grad((expected * inside * weights).sum(), parameters)
     gradients = torch.autograd.grad((logprobs * weights).sum(), parameters)
     for name, gradient, wanted in zip(names, gradients, expected_gradients):
-        assert_close(gradient, wanted, atol=1e-4, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+        assert_close(gradient, wanted, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_an_empty_mask_gives_zeros_and_zero_gradients():
@@ -357,7 +371,7 @@ def test_a_packing_gives_the_same_as_each_row_alone(rows, wrapped, temperature):
     assert not logprobs[~packing.mask].any() and not entropy.requires_grad
     gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
     for (name, _), gradient, wanted in zip(model.named_parameters(), gradients, expected_gradients):
-        assert_close(gradient, wanted, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+        assert_close(gradient, wanted, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("prompts, lengths, positions, shared", [
@@ -485,18 +499,19 @@ def test_reordered_weights_compute_the_same_and_are_restored(tied, inference):
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         whole = model(tokens)
-    linears = [module for module in model.modules() if hasattr(module, "packed")]
-    with torch.inference_mode(inference), pytest.raises(KeyboardInterrupt), pack_weights(model):
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    replaced = lambda: {(type(module).__name__, name) for module in model.modules()
+                        for name, value in vars(module).items() if callable(value)
+                        and name in ("project", "gate_and_up", "forward", "logits")}
+    with torch.inference_mode(inference), pytest.raises(KeyboardInterrupt), merged_products(model):
         assert all(module.weight.numel() == 0 for module in linears)
-        # A product of several layers is stored in the first of them.
-        assert {name.split(".")[-1] for name, module in model.named_modules()
-                if module in linears and module.packed} == {
-                    "q_proj", "o_proj", "gate_proj", "down_proj", *([] if tied else ["lm_head"])}
+        assert replaced() == {("Attention", "project"), ("MLP", "gate_and_up"),
+                              ("Linear", "forward"), ("Transformer", "logits")}
         cache = KVCache(model.config, 3, 7, "cpu", torch.float32)
         with torch.no_grad():
             assert_close(model.logits(model.extend(tokens, cache)), whole, rtol=1e-4, atol=1e-4)
         raise KeyboardInterrupt
-    assert all(module.packed is None for module in linears) and model.packed_head is None
+    assert not replaced()
     assert all(mine is parameter for mine, parameter in zip(model.parameters(), parameters))
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before))
     model(tokens).logsumexp(-1).sum().backward()

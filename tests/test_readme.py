@@ -10,8 +10,15 @@ import pytest
 import torch
 
 import icpo
-from icpo import (clip, expert_region, group_advantages, icpo_loss, importance_ratio, mix_groups,
-                  policy_shaping)
+from icpo import (
+    clip,
+    expert_region,
+    group_advantages,
+    icpo_loss,
+    importance_ratio,
+    mix_groups,
+    policy_shaping,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import reproduce   # noqa: E402
+from benchmarks import reproduce
 
 
 def runs(*values):

@@ -97,7 +97,7 @@ def test_gsm8k_and_tags_answers_are_extracted_and_scored(answer_format, response
     ("123456789.123456789", "123456789.123456788", 0.0),
 ])
 def test_strings_and_numbers_need_no_worker(given, answer, expected, monkeypatch):
-    monkeypatch.setattr(reward, "_compare", lambda *arguments: pytest.fail("score used a worker"))
+    monkeypatch.setattr(reward, "compare", lambda *arguments: pytest.fail("score used a worker"))
     assert score([box(given)], [answer]) == [expected]
 
 
@@ -185,7 +185,7 @@ def test_units_do_not_matter_and_numbers_do(a, b, unit):
 @pytest.fixture
 def fresh():
     """Stops all workers before and after the test and checks that none is left."""
-    reward._stop_workers()
+    verify._stop_workers()
     yield
     verify._stop_workers()
     assert not workers()
@@ -193,7 +193,7 @@ def fresh():
 
 def workers():
     return [process for process in psutil.Process().children(recursive=True)
-            if reward.__file__ in process.cmdline()]
+            if verify.__file__ in process.cmdline()]
 
 
 HANG = box("9^{9^{9^{9^{9}}}}")
@@ -208,16 +208,16 @@ def test_a_comparison_that_hangs_is_killed_and_the_others_go_on(fresh):
                  counts=counts) == [0.0] * 6 + [1.0]
     # Two workers share six timeouts of 0.5 s; 2 s are added for overhead.
     assert time.monotonic() - start < 0.5 * 6 / 2 + 2
-    assert counts["timeouts"] == 6 and reward._workers[0].process.pid == pid
+    assert counts["timeouts"] == 6 and verify._workers[0].process.pid == pid
 
 
 def test_a_comparison_has_a_memory_limit(fresh, monkeypatch):
     monkeypatch.setattr(verify, "MEMORY_LIMIT", 120 << 20)
     score([HALF], ["0.5"], workers=1)
-    child, counts, start = reward._workers[0].child, Counter(), time.monotonic()
+    child, counts, start = verify._workers[0].child, Counter(), time.monotonic()
     assert score([box("(x+y+z+w)^{200}"), HALF], ["3", "0.5"], timeout=60, workers=1,
                  counts=counts) == [0.0, 1.0]
-    assert counts["timeouts"] == 1 and reward._workers[0].child != child
+    assert counts["timeouts"] == 1 and verify._workers[0].child != child
     assert time.monotonic() - start < 30
     # The memory of the failed comparison has been freed.
     assert sum(process.memory_info().rss for process in workers()) < 200 << 20
@@ -273,7 +273,7 @@ def test_no_process_is_left_behind(number):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"up\n"
-    deadline = time.monotonic() + reward.START_SECONDS
+    deadline = time.monotonic() + verify.START_SECONDS
     parent = psutil.Process(process.pid)
     while len(parent.children(recursive=True)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -368,7 +368,7 @@ def test_own_rewards_are_checked(tmp_path, body, message):
     file = tmp_path / "own.py"
     file.write_text(f"def mine(responses, problems):\n    {body}\n")
     function = load_reward(f"{file}:mine")
-    call = lambda: own_scores(function, ["a", "bb"], [Problem("q", "1")] * 2)   # noqa: E731
+    call = lambda: own_scores(function, ["a", "bb"], [Problem("q", "1")] * 2)
     if message is None:
         assert call() in ([0.1, 0.2], [1.0, 0.0])
     else:

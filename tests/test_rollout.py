@@ -14,10 +14,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from distributed import spread
-from model_utils import ModelConfig, Transformer, token_logprobs
 import rollout
-from rollout import Completion, Sampler, _stream_key, bucket, choose_slots, generate, sample, uniform
+from distributed import share_out
+from model_utils import ModelConfig, Transformer, token_logprobs
+from rollout import (
+    Completion,
+    Sampler,
+    _stream_key,
+    bucket,
+    choose_slots,
+    generate,
+    sample,
+    uniform,
+)
 
 V, NEW = 40, 24
 PROMPTS = [[5, 17, 2, 30, 9], [11], [3, 3, 8, 1, 0, 39, 22, 14, 7], [25, 6, 19],
@@ -442,7 +451,7 @@ def test_an_interrupted_rollout_leaves_nothing_allocated(model):
 
     def interrupt(ended, sampled):
         held.extend(weakref.ref(t) for t in (*sampler.cache.keys, *sampler.cache.values,
-                                             sampler.first, sampler.sampled))
+                                             sampler.prompt_logits, sampler.sampled))
         if len(held) > 20:
             raise KeyboardInterrupt
 
@@ -491,7 +500,7 @@ def test_buckets_are_at_most_half_too_large():
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 def test_spread_balances_the_total_lengths(processes):
     lengths = [4000, 10, 12, 900, 11, 3000, 10, 700, 13, 2500, 60, 500]
-    shares = spread(lengths, processes)
+    shares = share_out(lengths, processes)
     assert sorted(itertools.chain(*shares)) == list(range(12))
     assert all(shares) and all(s == sorted(s) for s in shares)
     loads = [sum(lengths[i] for i in share) for share in shares]

@@ -18,8 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import icpo
+import runs
 import train as trainer
+from distributed import AdamW, micro_batches, round_at_random
 from model_utils import load_model
+from options import parse_training, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -32,6 +36,12 @@ CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", 
 
 def prepare(folder, *more):
     return trainer.prepare([*SMALL, "--output-dir", str(folder), *map(str, more)])
+
+
+def sampled_batch(run, step=0):
+    responses = trainer.sample_responses(run, trainer.draw_questions(run, step), step)
+    rewards = trainer.score_responses(run, responses)
+    return trainer.form_groups(run, responses, rewards, step)
 
 
 def metrics_of(folder):
@@ -77,8 +87,7 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     run = prepare(tmp_path / "run", "--max-prompt-length", 152, "--micro-batch-tokens", 200,
                   *settings)
     o = run.options
-    rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
-    trainer.mix(run, rows, 0)
+    batch = sampled_batch(run)
     reference, _ = load_model(TINY / "model")
     with torch.no_grad():   # gives the KL term a gradient and makes the ratios differ from 1
         for i, parameter in enumerate(run.model.parameters()):
@@ -88,16 +97,20 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     model.load_state_dict(run.model.state_dict())
 
     loss = torch.zeros(())
-    kept = [row for row in rows if row.keep]
-    parts = [kept] if o.normalizer == "batch" else trainer.micro_batches(kept, 200)
+    kept = [(row, advantage) for row, _, _, keep, advantage in batch.rows() if keep]
+    parts = [kept]
+    if o.normalizer == "micro-batch":
+        lengths = [len(row.question.prompt) + len(row.tokens) for row, _ in kept]
+        parts = [[kept[i] for i in part] for part in micro_batches(lengths, 200)]
     for part in parts:
-        Z = sum(len(row.tokens) for row in part) * len(parts)
-        for row in part:
-            tokens = torch.tensor([row.prompt + row.tokens])
-            places = slice(len(row.prompt) - 1, len(row.prompt) + len(row.tokens) - 1)
+        Z = sum(len(row.tokens) for row, _ in part) * len(parts)
+        for row, A in part:
+            prompt = row.question.prompt
+            tokens = torch.tensor([prompt + row.tokens])
+            places = slice(len(prompt) - 1, len(prompt) + len(row.tokens) - 1)
             new, ref = ((each(tokens)[0, places] / o.temperature).log_softmax(-1)[
                 range(len(row.tokens)), row.tokens] for each in (model, reference))
-            A, old = row.advantage, torch.tensor(row.old_logprobs)
+            old = torch.tensor(row.old_logprobs)
             x = new - (0 if row.off_policy and o.off_policy_denominator == "one" else old)
             c = o.log_ratio_clamp
             ratio = (x.clamp(-c, c) if c else x).exp()
@@ -116,8 +129,8 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     run.optimizer.step = lambda: gradients.update(
         {name: p.grad.clone() for name, p in run.model.named_parameters()})
     o.grad_clip = 1e9
-    trainer.update(run, rows, sampled_by_it=False)
-    assert any(row.off_policy for row in kept) and loss.item() != 0
+    trainer.update(run, batch)
+    assert any(row.off_policy for row, _ in kept) and loss.item() != 0
     for name, parameter in model.named_parameters():
         assert (gradients[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), name
 
@@ -272,9 +285,9 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
         value, metrics = icpo_loss(*arguments, **more)
         return value * (math.nan if len(steps) != 2 else 1), metrics   # only step 2 is finite
 
-    icpo_loss = trainer.icpo_loss
-    monkeypatch.setattr(trainer, "icpo_loss", loss)
-    with pytest.raises(trainer.NotFinite, match="2 steps in a row.*skipped-step"):
+    icpo_loss = icpo.icpo_loss
+    monkeypatch.setattr(icpo, "icpo_loss", loss)
+    with pytest.raises(runs.NotFinite, match="2 steps in a row.*skipped-step"):
         trainer.train(run)
     rows = metrics_of(tmp_path / "run")
     assert [row["skipped_updates"] for row in rows] == [1, 0, 1, 1]
@@ -300,7 +313,7 @@ def test_bfloat16_moments_train_alike_and_resume(tmp_path):
     uninterrupted one."""
     gradient = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
-    optimizers = [trainer.AdamW([w], rest, lr=0.01, weight_decay=0)
+    optimizers = [AdamW([w], rest, lr=0.01, weight_decay=0)
                   for w, rest in zip(weights, ("float32", "bfloat16"))]
     for scale in [1.0] * 50 + [0.1] * 1500:   # the second moment falls by a thousandth each step
         grad = scale * (1 + torch.randn(64, 64, generator=gradient))
@@ -328,8 +341,9 @@ def test_a_custom_reward_scores_and_its_errors_name_the_line(tmp_path):
         "def wrong(responses, problems):\n    return [len(problems[0].gone)]\n")
     run = trainer.prepare([*SMALL, "--reward", f"{tmp_path}/own.py:short", "--errs", "false",
                            "--output-dir", str(tmp_path / "a")])
-    metrics, rows = trainer.train_step(run, 0, lambda phase: None)
-    assert all(row.reward == 1 / len(row.text) for row in rows) and metrics["verify_timeouts"] == 0
+    metrics, batch = trainer.train_step(run, 0, lambda phase: None)
+    assert all(reward == 1 / len(row.text) for row, reward, *_ in batch.rows())
+    assert metrics["verify_timeouts"] == 0
     done = torchrun(*SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir", tmp_path / "b",
                     check=False)
     assert done.returncode and f"{tmp_path}/own.py, line 4, in wrong: AttributeError" in done.stderr
@@ -338,11 +352,11 @@ def test_a_custom_reward_scores_and_its_errors_name_the_line(tmp_path):
 
 def test_rounding_at_random_keeps_the_mean():
     x = torch.full((100_000,), 1 + 2 ** -9)   # x is 1/4 of the way from 1 to the next bfloat16
-    rounded = trainer.round_at_random(x, seed=0)
+    rounded = round_at_random(x, seed=0)
     assert set(rounded.tolist()) == {1.0, 1 + 2 ** -7}
     assert (rounded > 1).float().mean().item() == pytest.approx(0.25, abs=0.005)
-    assert torch.equal(trainer.round_at_random(x, seed=0), rounded)
-    assert not torch.equal(trainer.round_at_random(x, seed=1), rounded)
+    assert torch.equal(round_at_random(x, seed=0), rounded)
+    assert not torch.equal(round_at_random(x, seed=1), rounded)
 
 
 def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
@@ -394,53 +408,54 @@ def test_mixed_groups_follow_the_options(tmp_path, arguments, off_policy, sample
     run = prepare(tmp_path / "run", *arguments)
     o = run.options
     step = 6 if o.bonus_steps == 8 else 0
-    rows = trainer.sample_responses(run, run.model, step, trainer.make_prompts(run, step))
-    bonus = trainer.mix(run, rows, step)
-    assert (len(rows), sum(row.off_policy for row in rows), sum(row.keep for row in rows)) == (
-        sampled, off_policy, kept)
+    batch = sampled_batch(run, step)
+    bonus, rows = batch.bonus, list(batch.rows())
+    assert (len(rows), batch.off_policy.sum(), batch.keep.sum()) == (sampled, off_policy, kept)
     assert bonus == (o.alpha * (1 - step / o.bonus_steps) if o.method == "icpo-rs" else 0.0)
-    for slot in range(4):
-        group = [row for row in rows if row.slot == slot]
-        problem = trainer.batch_problem(run, step, slot)
+    for index in range(4):
+        group = [row for row in rows if row[0].question.index == index]
         shaped = []
-        for row in group:
+        for row, reward, accepted, keep, advantage in group:
+            problem, prompt = row.question.problem, row.question.prompt
             # The objective conditions every row on the plain prompt.
-            assert row.prompt == run.builder.plain(problem)
+            assert prompt == run.builder.plain(problem)
             right = row.text.endswith(f"\\boxed{{{problem.answer}}}")
-            assert row.reward == right
+            assert reward == right
             if row.off_policy:
-                accepted = not o.errs or row.reward >= o.delta and not o.errs_strict
-                assert row.accepted == row.keep == accepted
-                longer = len(row.behaviour_prompt) > len(row.prompt)
+                enters = not o.errs or reward >= o.delta and not o.errs_strict
+                assert accepted == keep == enters
+                longer = len(row.behaviour_prompt) > len(prompt)
                 assert longer == (o.off_policy == "demonstrations" and o.num_demonstrations > 0)
                 if o.off_policy == "dataset":
                     assert row.text == problem.expert_response
                     assert row.finished and not any(row.old_logprobs)
             else:
-                assert row.behaviour_prompt == row.prompt
-            if row.keep:
-                shaped.append(row.reward + bonus * (row.off_policy and right))
+                assert row.behaviour_prompt == prompt
+            if keep:
+                shaped.append(reward + bonus * (row.off_policy and right))
             else:
-                assert row.advantage == 0
+                assert advantage == 0
         std = (stdev if o.std_unbiased else pstdev)(shaped)
-        assert [row.advantage for row in group if row.keep] == pytest.approx(
+        assert [advantage for *_, keep, advantage in group if keep] == pytest.approx(
             [(reward - fmean(shaped)) / (std + o.advantage_eps) for reward in shaped])
 
 
 def test_each_mini_batch_is_updated_with_its_own_questions(tmp_path, monkeypatch):
     run = prepare(tmp_path / "run", "--mini-batch-size", "2")
     seen, update = [], trainer.update
-    monkeypatch.setattr(trainer, "update", lambda run, rows, sampled_by_it: seen.append(
-        ({row.slot for row in rows}, sampled_by_it)) or update(run, rows, sampled_by_it))
-    trainer.train_step(run, 0, lambda phase: None)
-    assert seen == [({0, 1}, True), ({2, 3}, False)]
+    monkeypatch.setattr(trainer, "update", lambda run, batch: seen.append(
+        set(batch.group.tolist())) or update(run, batch))
+    metrics, _ = trainer.train_step(run, 0, lambda phase: None)
+    assert seen == [{0, 1}, {2, 3}]
+    # The second update sees other weights than those that sampled; the gap is that of the first.
+    assert metrics["logprob_gap"] < 1e-4
 
 
 def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
     """The old log-probabilities of off-policy rows are conditional on [D; q]: a second pass over
     these prompts gives the same."""
     run = prepare(tmp_path / "run")
-    rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
+    rows = sampled_batch(run).responses
     sampled = [list(row.old_logprobs) for row in rows]
     assert 0 < trainer.recompute_logprobs(run, rows) < 1e-4
     for row, before in zip(rows, sampled):
@@ -452,14 +467,15 @@ def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
 def test_the_sampling_options_reach_the_sampler(tmp_path, arguments):
     """Each of these options makes all on-policy responses to a question equal."""
     run = prepare(tmp_path / "run", *arguments, "--old-logprobs", "recompute")
-    rows = trainer.sample_responses(run, run.model, 0, trainer.make_prompts(run, 0))
-    for slot in range(4):
-        assert len({row.text for row in rows if row.slot == slot and not row.off_policy}) == 1
+    rows = sampled_batch(run).responses
+    for index in range(4):
+        assert len({row.text for row in rows
+                    if row.question.index == index and not row.off_policy}) == 1
 
 
 def test_ief_off_is_grpo():
-    options = trainer.resolve(trainer.parse_options(["--off-policy", "none"]))
-    grpo = trainer.resolve(trainer.parse_options(["--method", "grpo"]))
+    options = resolve(parse_training(["--off-policy", "none"]))
+    grpo = resolve(parse_training(["--method", "grpo"]))
     assert {name for name in vars(options)
             if getattr(options, name) != getattr(grpo, name)} == {"method"}
 
@@ -467,7 +483,9 @@ def test_ief_off_is_grpo():
 def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
     run = prepare(tmp_path / "run")
     run.problems = run.problems[:10]
-    drawn = [trainer.batch_problem(run, step, slot).id for step in range(5) for slot in range(4)]
+    questions = [question for step in range(5) for question in trainer.draw_questions(run, step)]
+    drawn = [question.problem.id for question in questions]
+    assert [question.index for question in questions] == [0, 1, 2, 3] * 5
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(p.id for p in run.problems)
     assert drawn[:10] != drawn[10:]
 
@@ -527,7 +545,7 @@ def test_mistakes_end_before_training_and_say_what_was_given(tmp_path, arguments
 ])
 def test_invalid_options_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        trainer.parse_options(arguments)
+        parse_training(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -535,11 +553,11 @@ def test_the_command_line_overrides_a_configuration_file(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text("learning_rate: 1e-6\nmethod: luffy\nchat_template: false\n"
                     "shaping_lambda: null\n")
-    options = trainer.resolve(trainer.parse_options([str(file), "--method", "grpo"]))
+    options = resolve(parse_training([str(file), "--method", "grpo"]))
     assert (options.learning_rate, options.method, options.chat_template) == (1e-6, "grpo", False)
     file.write_text("lerning_rate: 1e-6\n")
     with pytest.raises(SystemExit):
-        trainer.parse_options([str(file)])
+        parse_training([str(file)])
     message = "c.yaml: unknown option 'lerning_rate'; did you mean learning_rate?"
     assert message in capsys.readouterr().err
 
@@ -547,7 +565,7 @@ def test_the_command_line_overrides_a_configuration_file(tmp_path, capsys):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")),
                          ids=lambda file: file.stem)
 def test_every_configuration_is_valid(file):
-    trainer.resolve(trainer.parse_options([str(file)]))
+    resolve(parse_training([str(file)]))
 
 
 def test_two_processes_need_a_batch_that_divides_and_say_so_once(tmp_path):
@@ -598,7 +616,7 @@ def test_a_folder_with_a_run_is_never_overwritten(whole_run):
         prepare(whole_run, "--resume", "--seed", "7")
     with pytest.raises(ValueError, match="has made 4 steps already, more than --steps 3"):
         prepare(whole_run, "--resume", "--steps", "3")
-    held = trainer.lock_folder(whole_run)
+    held = runs.lock_folder(whole_run)
     with pytest.raises(ValueError, match="in use: another process is training there"):
         prepare(whole_run, "--resume")
     os.close(held)
@@ -628,7 +646,10 @@ COUNT_BYTES = """
 import json, sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
+import icpo
+import runs
 import train as trainer
+from distributed import AdamW, micro_batches, round_at_random
 received = {{"gathered": 0, "reduced": 0}}
 
 def count(kind, collective):
@@ -640,16 +661,15 @@ def count(kind, collective):
     return counting
 
 run = trainer.prepare(sys.argv[1:])
-rows = trainer.sample_responses(run, trainer.gather_model(run.model, torch.float32), 0,
-                                trainer.my_share(run, trainer.make_prompts(run, 0)))
-trainer.mix(run, rows, 0)
+responses = trainer.sample_responses(run, trainer.draw_questions(run, 0), 0)
+batch = trainer.form_groups(run, responses, trainer.score_responses(run, responses), 0)
 # Newer and older releases of PyTorch use different names.
 for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")),
                     ("reduced", ("reduce_scatter_single", "reduce_scatter_tensor"))):
     for name in names:
         if hasattr(dist, name):
             setattr(dist, name, count(kind, getattr(dist, name)))
-trainer.update(run, rows, sampled_by_it=True)
+trainer.update(run, batch)
 if trainer.is_main():
     print("\\n" + json.dumps(received))
 """

@@ -193,13 +193,11 @@ def shard(model: "Transformer", compute_dtype: torch.dtype, shard_size: int = 0,
     shape, names = (size,), ("shard",)
     if size < world_size():
         shape, names = (world_size() // size, size), ("replicate", "shard")
+    mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    settings = dict(mesh=init_device_mesh(model.device.type, shape, mesh_dim_names=names),
-                    mp_policy=policy,
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy,
                     offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
-    for block in model.model.layers:
-        fully_shard(block, **settings)
-    fully_shard(model, **settings)
 
 
 def gather_model(model: "Transformer", dtype: torch.dtype) -> "Transformer":

@@ -451,7 +451,7 @@ def to_rows(mask, *flat):
 
 def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float = 1.0,
                    mask: torch.Tensor | None = None, chunk_size: int = 1024,
-                   return_entropy: bool = False):
+                   return_entropy: bool = False) -> Any:
     """log π(token_{t+1} | tokens_{≤t}) for t = 0 … T-2, with gradient, never holding [B, T, V].
 
     tokens: [B, T] int64, padded on the right with any id. temperature: that of the distribution
@@ -469,13 +469,14 @@ def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float 
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], device="cpu") -> Packing:
+def pack(prompts: list[list[int]], responses: list[list[int]],
+         device: str | torch.device = "cpu") -> Packing:
     """Lays out sequences for training; consecutive rows with the same prompt share its positions.
 
     The last token of a response is predicted but predicts nothing, so it has no position. Raises
     ValueError for an empty prompt or response.
     """
-    tokens, positions, rows, predicting, prompt, begin = [], [], [], [], None, 0
+    tokens, positions, rows, predicting, prompt, begin = [], [], [], [], [], 0
     for i, (new, response) in enumerate(zip(prompts, responses, strict=True)):
         if not len(new) or not len(response):
             raise ValueError(f"row {i} has a prompt of {len(new)} tokens and a response of "
@@ -503,7 +504,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]], device="cpu") -> 
     return Packing(tensor([tokens]), tensor([positions]), [tensor(bucket) for bucket in buckets],
                    tensor(sources), tensor(predicting),
                    tensor([token for response in responses for token in response]),
-                   torch.arange(lengths.max(), device=device) < lengths[:, None],
+                   torch.arange(int(lengths.max()), device=device) < lengths[:, None],
                    cells - sum(map(len, rows)), sum(map(len, rows)) - len(tokens))
 
 
@@ -534,7 +535,7 @@ def find_folder(path: str) -> Path:
                          f"did not give one of that name ({_brief(error)})") from error
 
 
-def load_model(path: str | Path, device="cpu", dtype=torch.float32):
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch.float32):
     """Reads a Hugging Face folder or hub name: (Transformer, tokenizer).
 
     Raises ValueError for another architecture, a quantised model, a setting that is not supported,

@@ -136,8 +136,9 @@ def score(responses: list[str], answers: list[str], timeout: float = 5.0,
         answers = [extract_answer(answer, "gsm8k") or answer for answer in answers]
     pairs = [(extract_answer(response, answer_format), answer.strip())
              for response, answer in zip(responses, answers, strict=True)]
-    verdicts = {(given, answer): settle(given, answer) if given else False
-                for given, answer in set(pairs)}   # a set, because a group's responses often agree
+    verdicts: dict[tuple, bool | None] = {
+        (given, answer): settle(given, answer) if given else False
+        for given, answer in set(pairs)}   # a set, because a group's responses often agree
     hard = [pair for pair, verdict in verdicts.items() if verdict is None]
     if hard:
         found = compare(hard, timeout, workers, counts if counts is not None else Counter())

@@ -194,6 +194,18 @@ class Sampler:
     together. compile: put the decode step through torch.compile. Raises ValueError, with the
     numbers, where the cache does not fit.
     """
+    # `prepare` allocates these and `release` frees them.
+    cache: KVCache
+    lengths: torch.Tensor         # [slots] positions in the cache
+    tokens: torch.Tensor          # [slots] the last token, which is not yet in the cache
+    counts: torch.Tensor          # [slots] tokens sampled
+    done: torch.Tensor            # [slots] 1: free, or ended and not yet collected
+    prompt_logits: torch.Tensor   # [slots, V] after the prompt
+    sampled: torch.Tensor         # [slots, max_length]
+    logprobs: torch.Tensor        # [slots, max_length]
+    uniforms: torch.Tensor        # [slots, max_length] the random numbers of a response
+    flat: torch.Tensor            # [slots] where each row begins in these three, flattened
+    stops: dict[tuple[int, ...], torch.Tensor]
 
     def __init__(self, config: ModelConfig, slots: int, max_length: int, device,
                  dtype: torch.dtype, compile: bool = False):
@@ -208,7 +220,7 @@ class Sampler:
                                     message="Dynamo detected a call to a `functools.lru_cache`")
             self.step = torch.compile(self._step, dynamic=True)
         self.work = Work()
-        self.cache, self.graphs, self.model = None, {}, lambda: None
+        self.graphs, self.model = {}, lambda: None
         needed = slots * KVCache.bytes_per_slot(config, max_length, dtype)
         free = free_memory(self.device)
         if needed > free:
@@ -227,19 +239,16 @@ class Sampler:
             self.model = weakref.ref(model)   # weak, so that a gathered copy is freed
             if self.stream:
                 self.capture = _make_capture(self.stream)
-        if self.cache is None:
+        if "cache" not in vars(self):
             self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
             shape = (self.slots, self.max_length)
-            self.lengths = zeros(self.slots)           # positions in the cache
-            self.tokens = zeros(self.slots)            # the last token, not yet in the cache
-            self.counts = zeros(self.slots)            # tokens sampled
-            self.done = torch.ones_like(self.counts)   # 1: free, or ended and not yet collected
+            self.lengths, self.tokens, self.counts = (zeros(self.slots) for _ in range(3))
+            self.done = torch.ones_like(self.counts)
             self.prompt_logits = zeros(self.slots, self.config.vocab_size, dtype=self.dtype)
             self.sampled = zeros(shape)
             self.logprobs = zeros(shape, dtype=torch.float32)
-            self.uniforms = zeros(shape, dtype=torch.float64)   # the random numbers of a response
-            # Where the row of each slot begins in these three, flattened.
+            self.uniforms = zeros(shape, dtype=torch.float64)
             self.flat = torch.arange(self.slots, device=self.device) * self.max_length
             self.stops = {}
         if settings.stop_ids not in self.stops:
@@ -250,9 +259,8 @@ class Sampler:
         """Frees all memory; `prepare` allocates it again."""
         self.graphs.clear()
         self.model = lambda: None
-        self.cache = self.lengths = self.tokens = self.counts = self.done = None
-        self.prompt_logits = self.sampled = self.logprobs = self.uniforms = None
-        self.flat = self.stops = None
+        for name in Sampler.__annotations__:
+            vars(self).pop(name, None)
 
     def admit(self, model: Transformer, sequences: list[_Sequence], settings: _Settings) -> None:
         """Gives new sequences their prompt and first token.
@@ -262,16 +270,16 @@ class Sampler:
         started = time.perf_counter()
         # A sequence admitted together with its leader waits one round, until the leader's prefix
         # is cached.
-        rounds: dict[_Sequence, int] = {}
+        rounds: dict[_Sequence | None, int] = {}
         for s in sequences:
             rounds[s] = rounds.get(s.leader, -1) + 1
         for number in range(max(rounds.values()) + 1):
             members = [s for s in sequences if rounds[s] == number]
-            copies = [s for s in members if s.shared and s.leader.slot != s.slot]
+            copies = [(s, s.leader.slot) for s in members if s.leader and s.leader.slot != s.slot]
             if copies:   # positions copied beyond a sequence's own share are overwritten later
-                sources = self._tensor([s.leader.slot for s in copies])
-                targets = self._tensor([s.slot for s in copies])
-                self.cache.copy(sources, targets, max(s.shared for s in copies))
+                sources = self._tensor([slot for _, slot in copies])
+                targets = self._tensor([s.slot for s, _ in copies])
+                self.cache.copy(sources, targets, max(s.shared for s, _ in copies))
                 self.prompt_logits[targets] = self.prompt_logits[sources]
             # Rows of similar length go together. Rows without a prefix go apart from the others,
             # because their attention is cheaper.

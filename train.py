@@ -319,8 +319,8 @@ def train(run: Run) -> None:
                 before |= evaluate_now(step + 1)
             metrics |= before
             report.write_rows(run, batch, metrics)
-            bar.set_postfix(reward=f"{metrics['reward_on']:.2f}",
-                            **({"accuracy": f"{accuracies[-1]:.1%}"} if accuracies else {}))
+            accuracy = f", accuracy={accuracies[-1]:.1%}" if accuracies else ""
+            bar.set_postfix_str(f"reward={metrics['reward_on']:.2f}{accuracy}")
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             if skipped == o.max_skipped:
                 raise runs.NotFinite(skipped, run.folder)

@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -264,11 +265,11 @@ def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: flo
     for repeat in range(options.repeats or (20 if case.name == "embedded" else 1)):
         torch.manual_seed(options.seed + repeat)
         bar.set_description(f"{case.name}: here")
-        here.add(lambda: ours(model, case, sampler, options.seed + repeat), device)
+        here.add(partial(ours, model, case, sampler, options.seed + repeat), device)
         for at_a_time, runs in there.items():
             bar.set_description(
                 f"{case.name}: transformers, {at_a_time * case.n} sequences at a time")
-            runs.add(lambda: theirs(hf, case, at_a_time), device)
+            runs.add(partial(theirs, hf, case, at_a_time), device)
         bar.update()
     there = max(there.values(), key=lambda runs: runs.tokens_per_second)
     work, gap = replace(sampler.work), logprob_gap(model, case, sampler, options.seed)

@@ -1,5 +1,4 @@
 import json
-import random
 import re
 import shutil
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run as run_script
 
 import curves
 import pilot
@@ -121,10 +121,7 @@ def test_invalid_options_are_refused_with_the_reason(change, message):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_writes_the_table_and_samples(tmp_path, processes):
     """One process and two, started in another folder, give the same table and samples."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-               "--master-port", str(random.randint(20000, 60000)), str(ROOT / "eval.py"),
-               "--shots", "0", "1", "--limit", "12"]
-    done = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True)
+    done = run_script("eval.py", "--shots", 0, 1, "--limit", 12, processes=processes, cwd=tmp_path)
     table = [line.split() for line in done.stdout.splitlines()[1:4]]
     assert " ".join(table[0]) == (
         "data shots temperature problems avg@1 95 % interval pass@1 maj@1 tokens truncated")
@@ -138,10 +135,9 @@ def test_the_command_writes_the_table_and_samples(tmp_path, processes):
     assert [row["response"] for row in rows[:12]] == [row["response"] for row in alone]
 
 
-def command(tmp_path, *arguments, **more):
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "--limit", "100",
-                           "--samples", "2", *map(str, arguments)],
-                          cwd=tmp_path, text=True, capture_output=True, **more)
+def command(tmp_path, *arguments, check=False):
+    return run_script("eval.py", "--limit", 100, "--samples", 2, *arguments, cwd=tmp_path,
+                      check=check)
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
@@ -193,11 +189,9 @@ def test_a_custom_reward_never_gets_an_empty_list(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def f(responses, problems):\n"
         "    return [float(len(max(responses)) > 0)] * len(responses)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(random.randint(20000, 60000)), str(ROOT / "eval.py"), "--shots", "0", "--limit", "1",
-         "--reward", "mine.py:f"], cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0 and "100.0%" in done.stdout
+    done = run_script("eval.py", "--shots", 0, "--limit", 1, "--reward", "mine.py:f", processes=2,
+                      cwd=tmp_path)
+    assert "100.0%" in done.stdout
 
 
 def test_ctrl_c_keeps_the_samples(tmp_path):

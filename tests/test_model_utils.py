@@ -318,7 +318,8 @@ def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, m
     expected_gradients = torch.autograd.grad((expected * inside * weights).sum(), parameters)
     gradients = torch.autograd.grad((logprobs * weights).sum(), parameters)
     for name, gradient, wanted in zip(names, gradients, expected_gradients):
-        assert_close(gradient, wanted, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(gradient, wanted, atol=1e-4, rtol=1e-4,
+                     msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_an_empty_mask_gives_zeros_and_zero_gradients():
@@ -371,7 +372,8 @@ def test_a_packing_gives_the_same_as_each_row_alone(rows, wrapped, temperature):
     assert not logprobs[~packing.mask].any() and not entropy.requires_grad
     gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
     for (name, _), gradient, wanted in zip(model.named_parameters(), gradients, expected_gradients):
-        assert_close(gradient, wanted, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(gradient, wanted, atol=1e-5, rtol=1e-5,
+                     msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("prompts, lengths, positions, shared", [

@@ -3,10 +3,10 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run as run_script
 
 from data import load_problems
 from reward import extract_answer, score
@@ -32,11 +32,8 @@ def test_every_problem_and_solution_is_right(name, needs):
 
 
 def make(folder, *more):
-    done = subprocess.run(
-        [sys.executable, str(TINY / "make.py"), "--output-dir", str(folder), "--steps", "2",
-         "--batch-size", "8", "--train-size", "20", "--test-size", "8", "--demonstrations", "5",
-         *more], check=True, text=True, capture_output=True)
-    return done.stdout
+    return run_script("tiny/make.py", "--output-dir", folder, "--steps", 2, "--batch-size", 8,
+                      "--train-size", 20, "--test-size", 8, "--demonstrations", 5, *more).stdout
 
 
 def test_the_script_makes_the_same_from_the_same_seed(tmp_path):

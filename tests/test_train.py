@@ -16,6 +16,7 @@ from statistics import fmean, pstdev, stdev
 import psutil
 import pytest
 import torch
+from processes import run as run_script
 from safetensors.torch import load_file
 
 import icpo
@@ -53,11 +54,10 @@ def weights_of(folder):
     return load_file(Path(folder) / "final" / "model.safetensors")
 
 
-def torchrun(*arguments, processes=1, check=True, **more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-               "--master-port", str(random.randint(20000, 60000)), str(ROOT / "train.py"),
-               *map(str, arguments)]
-    return subprocess.run(command, check=check, text=True, capture_output=True, timeout=300, **more)
+def torchrun(*arguments, processes=1):
+    """The real torchrun, for what it adds: one message for all processes, restarts."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+            "--master-port", str(random.randint(20000, 60000)), *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +150,8 @@ def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, setting
     if settings:
         whole_run = tmp_path / "one"
         trainer.train(prepare(whole_run, *settings))
-    torchrun(*SMALL, *settings, *layout, "--output-dir", tmp_path / "two", "--slots", 7,
-             processes=processes)
+    run_script("train.py", *SMALL, *settings, *layout, "--output-dir", tmp_path / "two",
+               "--slots", 7, processes=processes)
     for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
@@ -179,7 +179,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processe
     shutil.rmtree(folder / "checkpoints" / "step-4")
     (folder / "checkpoints" / ".step-4.partial").mkdir()   # a kill during writing leaves this
     (folder / "metrics.jsonl").open("a").write('{"step": 5, "rewa')
-    torchrun("--resume", "--output-dir", folder, processes=processes)
+    run_script("train.py", "--resume", "--output-dir", folder, processes=processes)
     assert (folder / "checkpoints" / "step-4" / ".metadata").is_file()
     if processes == 1:
         assert metrics_of(folder) == metrics_of(whole_run)
@@ -239,11 +239,9 @@ def test_a_killed_worker_restarts_or_ends_the_run(tmp_path, restarts):
     """torchrun starts the processes again and they resume the run; without restarts it ends all of
     them soon."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--max-restarts", str(restarts), "--master-port", str(random.randint(20000, 60000)),
-         str(ROOT / "train.py"), *SMALL, "--steps", "6", "--output-dir", str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = torchrun("--max-restarts", restarts, ROOT / "train.py", *SMALL, "--steps", "6",
+                       "--output-dir", folder, processes=2)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "step-2").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
@@ -344,8 +342,8 @@ def test_a_custom_reward_scores_and_its_errors_name_the_line(tmp_path):
     metrics, batch = trainer.train_step(run, 0, lambda phase: None)
     assert all(reward == 1 / len(row.text) for row, reward, *_ in batch.rows())
     assert metrics["verify_timeouts"] == 0
-    done = torchrun(*SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir", tmp_path / "b",
-                    check=False)
+    done = run_script("train.py", *SMALL, "--reward", f"{tmp_path}/own.py:wrong", "--output-dir",
+                      tmp_path / "b", check=False)
     assert done.returncode and f"{tmp_path}/own.py, line 4, in wrong: AttributeError" in done.stderr
     assert "When it is mended, go on with: torchrun train.py --resume" in done.stderr
 
@@ -362,10 +360,10 @@ def test_rounding_at_random_keeps_the_mean():
 def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
     """A single process joins the process group that FSDP's mixed precision needs only once it
     knows the settings of the run."""
-    torchrun(*SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
+    run_script("train.py", *SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
-    torchrun("--resume", "--output-dir", tmp_path / "resumed")
+    run_script("train.py", "--resume", "--output-dir", tmp_path / "resumed")
     assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
 
 
@@ -498,7 +496,7 @@ def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
     ["--method", "grpo", "--kl-coef", "0", "--eval-every", "0", "--checkpoint-every", "0"],
     ["--dtype", "bfloat16"]])
 def test_other_settings_train(tmp_path, arguments):
-    torchrun(*SMALL, "--steps", "2", *arguments, "--output-dir", tmp_path / "run")
+    run_script("train.py", *SMALL, "--steps", "2", *arguments, "--output-dir", tmp_path / "run")
     rows = metrics_of(tmp_path / "run")
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
     assert all(row["kl"] == 0 for row in rows) == ("--kl-coef" in arguments)
@@ -569,8 +567,9 @@ def test_every_configuration_is_valid(file):
 
 
 def test_two_processes_need_a_batch_that_divides_and_say_so_once(tmp_path):
-    run = torchrun(*SMALL, "--batch-size", "5", "--output-dir", tmp_path / "run", processes=2,
-                   check=False)
+    command = torchrun(ROOT / "train.py", *SMALL, "--batch-size", "5", "--output-dir",
+                       tmp_path / "run", processes=2)
+    run = subprocess.run(command, text=True, capture_output=True)
     assert run.returncode and run.stderr.count("does not divide among 2 processes") == 1
     assert not (tmp_path / "run").exists()
 
@@ -678,12 +677,9 @@ if trainer.is_main():
 def test_the_bytes_sent_match_the_table(tmp_path):
     from benchmarks.train_step import communication, count_parameters
     (tmp_path / "count.py").write_text(COUNT_BYTES.format(root=str(ROOT)))
-    said = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", str(random.randint(20000, 60000)), str(tmp_path / "count.py"), *SMALL,
-         "--kl-coef", "0", "--output-dir", str(tmp_path / "run")],
-        check=True, capture_output=True, text=True).stdout
-    received = json.loads(said.splitlines()[-1])
+    said = run_script("count.py", *SMALL, "--kl-coef", "0", "--output-dir", tmp_path / "run",
+                      processes=2, root=tmp_path).stdout
+    received = json.loads([line for line in said.splitlines() if line.startswith("{")][-1])
     model, _ = load_model(TINY / "model")
     blocks, rest = count_parameters(model.config)
     assert blocks + rest == sum(p.numel() for p in model.parameters())

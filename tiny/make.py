@@ -24,6 +24,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -98,7 +99,7 @@ def worked_answer(problem: Problem, rng: random.Random, slips: float) -> str:
     """The solution with a share `slips` of wrong running sums; each adds an error of 1, which the
     following sums keep."""
     if not slips:
-        return problem.solution
+        return problem.solution or ""
     return work_out(list(map(int, problem.problem.split("+"))),
                     slip=lambda: rng.choice((-1, 1)) if rng.random() < slips else 0)
 
@@ -237,7 +238,7 @@ def main() -> None:
         print(f"{settings.output_dir}: train.jsonl, test.jsonl and demonstrations.jsonl")
         return
 
-    tokenizer = make_tokenizer()
+    tokenizer: Any = make_tokenizer()
     builder = PromptBuilder(tokenizer)
     hf_config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,

@@ -1,7 +1,7 @@
 """Problems, demonstrations, and the two prompts: the plain question q and the demo-prefixed [D; q].
 
 A data file is JSONL, one object a line: `problem`, `answer`; `solution` in demonstrations;
-`expert_response` for LUFFY; `id` if you like.
+`expert_response` for LUFFY; `id` is optional.
 """
 
 import itertools
@@ -29,8 +29,9 @@ class Problem:
 def load_problems(path: str | Path, needs: tuple[str, ...] = ()) -> list[Problem]:
     """Reads a JSONL file. `needs` names the optional fields that every line must have.
 
-    Raises ValueError naming file and line for a line that is not an object, lacks a field or has a
-    field of the wrong type.
+    An answer or id may be a number; the default id is the file's name and the line. Raises
+    ValueError for a missing or empty file, and one that names file and line for a line that is no
+    JSON object in UTF-8, lacks a field or has an empty field or one of the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,8 +73,9 @@ def load_problems(path: str | Path, needs: tuple[str, ...] = ()) -> list[Problem
 class PromptBuilder:
     """Makes both prompts as token ids.
 
-    chat_template: put the tokenizer's template around the plain question. demo_chat_template: put
-    it around [D; q] too, all of it in one user turn.
+    instruction: text that ends every question. chat_template: put the tokenizer's template around
+    the plain question. demo_chat_template: put it around [D; q] too, all of it in one user turn.
+    Raises ValueError if the tokenizer has no template.
     """
     tokenizer: Any
     instruction: str = INSTRUCTION
@@ -125,7 +127,8 @@ class Demonstrations:
 
     A draw never contains the question itself, and its prompt never passes `max_prompt_length`
     tokens. Demonstrations with a link, or with a solution shorter than `min_chars`, are left out.
-    `excluded` counts every exclusion by its reason.
+    `excluded` counts those, and those never drawn for some question, by reason. Raises ValueError
+    if fewer than k are left.
     """
 
     def __init__(self, pool: list[Problem], builder: PromptBuilder, k: int, max_prompt_length: int,
@@ -147,7 +150,7 @@ class Demonstrations:
                              f"{len(pool)} are usable (left out: {self.excluded})")
         lengths = [builder.demonstration_length(d) for d in self.pool]
         self.by_length = sorted(range(len(self.pool)), key=lengths.__getitem__)
-        # For each question that was admitted, normalised: the demonstrations that contain it.
+        # Each admitted question, normalised, to the indices of the demonstrations that contain it.
         self.containing: dict[str, set[int]] = {}
 
     def admit(self, problems: list[Problem]) -> list[Problem]:
@@ -164,9 +167,10 @@ class Demonstrations:
         return [p for p in problems if self._shortest(p) is not None]
 
     def draw(self, problem: Problem, rng: random.Random) -> tuple[list[Problem], list[int]]:
-        """k demonstrations and the token ids of [D; q].
+        """Returns k random demonstrations and the token ids of [D; q].
 
-        Raises ValueError for a problem that `admit` was not given, and where no k of them fit.
+        After 20 draws that are too long it takes the k shortest. Raises ValueError for a problem
+        that `admit` was not given or did not return.
         """
         question = normalise(problem.problem)
         if question not in self.containing:
@@ -242,7 +246,7 @@ def keep(problems: list[Problem], name: str, reason: str, test: Callable[[Proble
 
 def keep_askable(problems: list[Problem], name: str, builder: PromptBuilder, limit: int,
                  left_out: list[str], *pools: Demonstrations) -> list[Problem]:
-    """The problems whose plain prompt, and [D; q] with each of the pools, fit in `limit` tokens.
+    """The problems whose plain prompt fits in `limit` tokens, and [D; q] in each pool's own limit.
 
     They are admitted to the pools. Arguments and errors: see `keep`.
     """

@@ -1,8 +1,8 @@
 """Several processes, and models that do not fit one GPU.
 
-With one process the functions of the first part return at once, so callers need not ask how many
-there are. The model knows nothing of this file: sharding, recomputation and compilation are applied
-to it from outside.
+The functions of the first part also work without a process group, so callers need not ask how many
+processes there are. The class Transformer uses nothing of this file: sharding, recomputation and
+compilation are applied to it from outside.
 """
 
 import functools
@@ -106,7 +106,7 @@ def on_main(function: Callable):
 
 
 class Totals:
-    """Numbers that are added up, or of which the largest counts, over parts and over processes."""
+    """Named sums, and maxima of numbers ≥ 0, over parts and over processes."""
 
     def __init__(self):
         self.sums: dict[str, float] = {}
@@ -130,7 +130,7 @@ class Totals:
 def share_out(lengths: Sequence[int], processes: int) -> list[list[int]]:
     """Shares work out by length, not by count: a list of indices for each process.
 
-    The longest goes first, each to the process that has least.
+    It gives each index, longest first, to the process with the least total length.
     """
     shares, loads = [[] for _ in range(processes)], [(0, p) for p in range(processes)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -219,10 +219,10 @@ def gather_model(model: "Transformer", dtype: torch.dtype) -> "Transformer":
 
 
 def wrap_blocks(model: "Transformer", recompute: str = "none", compile: bool = False) -> None:
-    """Adds activation checkpointing and torch.compile to each block, for passes with gradient.
+    """Adds activation checkpointing, torch.compile or both to each block, for passes with gradient.
 
-    recompute: "all": the backward pass keeps only a block's input and computes all else again;
-    "cheap": it computes again all but matrix products and attention; "none".
+    recompute: "all": only a block's input is kept, and the backward pass computes the rest again;
+    "cheap": the backward pass computes again all but matrix products and attention; "none".
     """
     if recompute == "none" and not compile:
         return
@@ -263,7 +263,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW that can store its moments in bfloat16 or in the CPU's memory (`rest`).
+    """AdamW that can store its moments elsewhere: `rest` is "float32", "bfloat16" or "cpu".
 
     It converts each moment to float32 on the parameter's device only while that parameter is
     updated. The second moment changes by a thousandth a step; rounding to the nearest bfloat16

@@ -17,20 +17,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
-from data import Demonstrations, Problem, PromptBuilder, keep_askable, load_problems
-from distributed import gather_objects, init_distributed, is_main, my_share, on_main, world_size
-from model_utils import Transformer, load_model
-from options import EvaluationOptions, OptionParser, check_ranges, embedded, require
+from data import Demonstrations, Problem, PromptBuilder
+from distributed import gather_objects, is_main, my_share, on_main, world_size
+from model_utils import Transformer
+from options import EvaluationOptions, OptionParser
+from prepare import Case, prepare_evaluation
 from reward import RewardError, extract_answer, make_scorer, settle
 from rollout import Sampler, generate
-from runs import append_lines, find_model, find_output, follow_tokens, replace_file
+from runs import append_lines, find_output, follow_tokens, replace_file
 
 # --------------------------------------------------------------------------------------------------
 # Sampling, scoring, summary
@@ -43,13 +41,13 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
              first: int = 0) -> list[dict]:
     """Samples `samples` answers to every problem and scores them; processes share the problems.
 
-    demonstrations: drawn from for every problem, which must be admitted; None asks plainly.
-    slots, sampler, progress: see `generate`. scorer: see make_scorer; by default the answer in the
-    last box earns 1.0 if it is right, else 0.0. first: the number of the first problem, where the
-    problems are a part of a data set.
-    Random numbers depend on (seed, problem, sample) alone, so two evaluations differ by the model
-    only. Returns on every process one dict a sample, `samples` consecutive ones a problem: id,
-    sample, response, score, tokens, finished.
+    demonstrations: a pool that every problem was admitted to; None asks plainly. slots, sampler,
+    progress: see `generate`. scorer: see make_scorer; by default the answer in the last box earns
+    1.0 if it is right, else 0.0. first: the number of the first problem, where the problems are a
+    part of a data set.
+    Random numbers depend on (seed, number of the problem, sample) alone, so two evaluations differ
+    by the model only. Returns on every process one dict a sample, `samples` consecutive ones a
+    problem: id, sample, response, score, tokens, finished.
     """
     def prompt(number: int, problem: Problem) -> list[int]:
         if demonstrations is None:
@@ -81,10 +79,10 @@ def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
     """Summary of `samples` consecutive records a problem.
 
     accuracy: avg@k, the mean score; low, high: its 95 % interval over problems drawn at random.
-    pass@K for each of `ks`: the probability that one of K answers is right, unbiased (Chen et al.,
-    arXiv 2107.03374). majority: maj@k, the share of problems whose commonest answer is right, of
-    equally common ones the earliest; answers that reward.settle finds equal count as one, and a
-    response without an answer has no vote. tokens: mean length. truncated: share cut off.
+    pass@K for each of `ks`: the probability that at least one of K answers is right, unbiased (Chen
+    et al., arXiv 2107.03374). majority: maj@k, the mean score of the commonest answers, of equally
+    common ones the earliest; answers that reward.settle finds equal count as one, and a response
+    without an answer has no vote. tokens: mean length. truncated: share cut off.
     """
     groups = [records[i:i + samples] for i in range(0, len(records), samples)]
     low, high = interval([fmean(r["score"] for r in group) for group in groups])
@@ -133,82 +131,12 @@ def interval(means: list[float]) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------
 # The command
 
-class Case(NamedTuple):
-    """A row of the table."""
-    data: str
-    shots: int
-    problems: list[Problem]
-    demonstrations: Demonstrations | None
-    temperature: float
-    again: bool = False   # a second draw, with random numbers of its own
-
-    @property
-    def key(self) -> tuple:
-        return self.data, self.shots, self.temperature, self.again
-
-
-def prepare(o: EvaluationOptions) -> tuple[Transformer, PromptBuilder, list[Case]]:
-    """Raises ValueError for whatever may be wrong with the options, the model or the data."""
-    _check(o)
-    o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
-    make_scorer(o.reward)
-    data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
-    device = init_distributed(o.device)
-    model, tokenizer = load_any_model(o.model, device, getattr(torch, o.dtype))
-    positions = model.config.max_position
-    require(positions > o.max_new_tokens, f"--max-new-tokens {o.max_new_tokens} leaves no room for "
-            f"a prompt: {o.model} has {positions} positions")
-    room = min(o.max_prompt_length, positions - o.max_new_tokens)
-    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
-    pool = load_problems(embedded(o.demonstrations, "demonstrations.jsonl"),
-                         ("solution",)) if any(o.shots) else []
-    pools = {shots: Demonstrations(pool, builder, shots, room, o.demo_min_chars)
-             for shots in sorted(set(o.shots) - {0})}
-    cases, left_out = [], []
-    for name, problems in data.items():   # all rows of a data set are over the same problems
-        kept = keep_askable(problems, f"problems of {name}", builder, room, left_out,
-                            *pools.values())
-        cases += [Case(name, shots, kept, pools.get(shots), o.temperature) for shots in o.shots]
-        if o.compare_shots:
-            cases += [Case(name, 0, kept, None, temperature, again=True)
-                      for temperature in [o.temperature, *sorted(o.temperatures)]]
-    if is_main() and left_out:
-        print(*left_out, sep="\n")
-    return model, builder, cases
-
-
-def _check(o: EvaluationOptions) -> None:
-    check_ranges(o)
-    o.k = o.k or sorted({1, o.samples})
-    require(all(1 <= k <= o.samples for k in o.k),
-            f"pass@k needs k from 1 to the number of samples, {o.samples}, not {o.k}")
-    output = Path(o.output)
-    require(output.suffix not in (".json", ".png"),
-            f"--output is the file of the samples; the table and the picture go beside it, as "
-            f".json and .png: give {output.stem}.jsonl, not {o.output}")
-    for name, values in (("data", o.data), ("shots", o.shots)):
-        require(len(set(values)) == len(values),
-                f"{name}: {', '.join(map(str, values))} names one twice")
-    require(not o.compare_shots or (
-        o.shots[0] == 0 and len(o.shots) == 2 and o.temperature not in o.temperatures
-        and min(o.temperatures, default=1) > 0),
-        f"--compare-shots compares --shots 0 with one other number, and with --temperatures above "
-        f"0 other than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
-
-
-def load_any_model(path: str, device, dtype) -> tuple[Transformer, Any]:
-    """load_model, also of a run of train.py and of one of its checkpoints; see runs.find_model."""
-    folder, checkpoint = find_model(path)
-    if checkpoint is None:
-        return load_model(folder, device, dtype)
-    model, tokenizer = load_model(folder, device)
-    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)   # into these tensors
-    return model.to(dtype), tokenizer
-
-
 def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder, case: Case,
                 records: list[dict]) -> list[dict]:
-    """All records of a case whose first problems have records; new ones go to the file in parts."""
+    """Samples the problems of a case that have no records yet; returns all records.
+
+    It appends the new ones to the file in parts.
+    """
     scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout)
     label = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
     label |= {"again": True} if case.again else {}
@@ -253,7 +181,7 @@ def main() -> None:
     found = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts as Ctrl-C
     try:
-        model, builder, cases = prepare(o)
+        model, builder, cases = prepare_evaluation(o)
         output, found = on_main(lambda: find_output(o, cases))
         o.output, rows = str(output), []
         for case in cases:

@@ -1,7 +1,7 @@
 """ICPO, In-Context Steered Policy Optimization (arXiv 2510.26519), equation by equation.
 
 This file needs torch alone; copy it into any trainer. One step of the method, with B responses as
-rows, `group` the question of each row, `off_policy` True for rows sampled with demonstrations:
+rows, `group` the question of each row, `off_policy` True for responses sampled after [D; q]:
 
     accepted   = expert_region(rewards, off_policy)                                  # (ERRS)
     rewards    = shaped_rewards(rewards, off_policy, accepted, bonus)                # (RS)
@@ -118,7 +118,7 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
     mean = total(rewards.where(keep, 0.0)) / count.clamp(min=1)
     centred = (rewards - mean).where(keep, 0.0)
     std = (total(centred ** 2) / (count - float(unbiased)).clamp(min=1)).sqrt()
-    # Equal rewards are compared, because 1/eps would magnify a rounding error of their mean.
+    # Comparison finds equal rewards, because 1/eps would magnify a rounding error of their mean.
     varied = keep & (extreme("amax", -math.inf) > extreme("amin", math.inf))
     return (centred / (std + eps)).where(varied, 0.0)
 
@@ -143,9 +143,9 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor,
 
 
 def policy_shaping(ratio: Tensor, lam: float = 0.01) -> Tensor:
-    """f(x) = x / (x + λ). Its slope λ/(x + λ)² is steepest at 0, so unlikely tokens learn most.
+    """f(x) = x / (x + λ). Its slope λ/(x + λ)² is largest at 0: unlikely tokens gain weight over x.
 
-    ratio: any shape, ≥ 0. lam: λ > 0. Returns the same shape, with values in [0, 1).
+    ratio: any shape, ≥ 0. lam: λ > 0. Returns the same shape, with values from 0 to 1.
     Raises ValueError for λ ≤ 0.
     """
     if lam <= 0:
@@ -158,7 +158,7 @@ def clip(ratio: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: fl
     """(CLIP) CLIP(r, A, ε) = min(r·A, clip(r, 1 − ε, 1 + ε)·A), ε = clip_low or clip_high.
 
     ratio: [B, T]. advantages: broadcastable to it. dual_clip: c > 1 bounds the result below by c·A
-    where A < 0. Returns [B, T]. Raises ValueError for a range that does not hold 1, or c ≤ 1.
+    where A < 0. Returns [B, T]. Raises ValueError for clip_low not in [0, 1], clip_high < 0, c ≤ 1.
     """
     if not 0 <= clip_low <= 1 or clip_high < 0:
         raise ValueError(f"clip_low must be from 0 to 1 and clip_high at least 0, not {clip_low} "
@@ -211,19 +211,19 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
         Off-policy rows of it are not read where off_policy_denominator is "one".
     advantages: [B], from `group_advantages`. off_policy: [B] bool.
     mask: [B, T], 1.0 on response tokens that count, 0.0 elsewhere. ρ is this mask: it is 0 in
-        rejected rows. Values at masked places are not used.
+        rejected rows. Values where it is 0 are not used.
     clip_low, clip_high: ε below and above 1; GRPO uses 0.2 and 0.2. clip_off_policy: whether (CLIP)
-        applies to off-policy rows; as f < 1, this makes no difference where Â ≥ 0.
+        applies to off-policy rows; with shaping f ≤ 1, so it makes no difference where Â ≥ 0.
     shaping_lambda: λ of f, see `policy_shaping`; None leaves r̂ as it is.
     off_policy_denominator, log_ratio_clamp: see `importance_ratio`. dual_clip: see `clip`.
     normalizer: Z, by default mask.sum(). With the Z of the whole batch, the losses of the parts of
         any split add up to the loss of the whole, and so do all metrics except ratio_max.
     ref_logprobs: [B, T], under the reference policy after the plain question. kl_coef: β.
     Returns (loss, metrics): scalars, the metrics without gradient. policy_loss is −J. ratio_max is
-    the largest r or r̂, before f. The others are sums over Z: kl of `kl_k3`, clip_fraction of tokens
+    the largest r or r̂, before f. The others are sums by Z: kl of `kl_k3`, clip_fraction of tokens
     at which a clip binds, clip_fraction_off of the off-policy ones of them, off_policy_share of
-    off-policy tokens. An empty mask gives loss 0. Raises ValueError for shapes that do not fit and
-    for settings that make no sense.
+    off-policy tokens. An empty mask gives loss 0. Raises ValueError for shapes that do not fit, for
+    kl_coef without ref_logprobs, and where the functions above do.
     """
     _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, kl_coef)
     counts = mask.bool()
@@ -273,7 +273,7 @@ def _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, k
                                ("advantages", advantages, (B,)), ("off_policy", off_policy, (B,)),
                                ("ref_logprobs", ref_logprobs, (B, T))):
         if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {list(value.shape)}; logprobs {[B, T]} want "
-                             f"{list(shape)}")
+            raise ValueError(f"{name} has shape {list(value.shape)}; with logprobs {[B, T]} it "
+                             f"must have {list(shape)}")
     if kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef is {kl_coef}, but there are no ref_logprobs")

@@ -1,6 +1,6 @@
 """What a machine needs: faster matrix products on CPUs, allocator settings, and free memory.
 
-The model knows nothing of this file; what speeds up CPUs is put on from outside.
+The model knows nothing of this file; what speeds up CPUs is applied from outside.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def merged_products(model: "Transformer"):
     Layers with the same input become one product. Weights that are not small go through a kernel of
     oneDNN, and large ones are stored in the order in which that kernel reads them: with the few
     rows of a decode step it takes half the time of the kernel behind F.linear.
-    Weights are moved, not copied, and moved back bit for bit. Meanwhile the parameters are empty
-    and only `extend` and `logits` of the model work.
+    Weights are moved, not copied, and moved back bit for bit. Meanwhile the weights of these layers
+    are empty, and only `extend` and `logits` of the model work.
     """
     groups: list[tuple[nn.Module, str, tuple[nn.Linear, ...]]] = []   # (owner, method, its layers)
     if (model.device.type == "cpu" and model.dtype == torch.float32
@@ -79,7 +79,7 @@ def _product(weight, bias, layers: tuple[nn.Linear, ...] = ()) -> Callable:
     def onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    # torch.compile draws the same line for a frozen model.
+    # torch.compile uses the same threshold for a frozen model.
     product = onednn if weight.is_mkldnn or weight.numel() >= 1 << 17 else linear
     if len(layers) < 2:
         return product
@@ -97,8 +97,8 @@ def return_freed_memory(device: torch.device) -> None:
 def prepare_gradients(model: nn.Module, device: torch.device) -> None:
     """On CPUs, allocates all gradients before the first backward pass.
 
-    Allocated one by one among the tensors of that pass, they would keep its freed memory from
-    being returned. What the rollout has freed is returned first.
+    If they were allocated one by one during that pass, they would keep its freed memory from being
+    returned. The memory that the rollout has freed is returned first.
     """
     if device.type != "cpu":
         return

@@ -8,7 +8,7 @@
     save_model(model, tokenizer, "my-model")                  # transformers and vLLM load it
 
 Parameter names are those of Hugging Face checkpoints, so reading and writing one renames nothing.
-The model knows nothing of distribution (distributed.py) or of processors (machine.py).
+The class Transformer knows nothing of distribution (distributed.py) or processors (machine.py).
 
 Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads,
 G = H/K, E head size, S positions of a cache slot; of a packing N positions, M response tokens, R of
@@ -113,8 +113,8 @@ class ModelConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention: what the queries of a pass see. Each class below is one use of the model; its `attend`
-# takes q [B, H, T, E], k and v [B, K, T, E] and returns [B, T, H, E].
+# Layouts: what the queries of a pass see. WholeSequences, Packing and CachedLayer are a use of the
+# model each; `attend` takes q [B, H, T, E], k and v [B, K, T, E] and returns [B, T, H, E].
 
 def _causal(q, k, v) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True,
@@ -136,7 +136,7 @@ class Packing(NamedTuple):
     """
     tokens: torch.Tensor          # [1, N]
     positions: torch.Tensor       # [1, N], the position of each in its row
-    buckets: list[torch.Tensor]   # [b, t] each: index of a cell's position in N; any in padding
+    buckets: list[torch.Tensor]   # [b, t] each: the index in N of each cell; arbitrary in padding
     sources: torch.Tensor         # [N]: the cell, buckets one behind the other, of each position
     predicting: torch.Tensor      # [M]: index in N of the position that predicts each target
     targets: torch.Tensor         # [M]: the response tokens in the order of the rows
@@ -212,8 +212,8 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    # The number of turns within the original context decides: frequencies of few turns are
-    # stretched, those of many are kept, and between them the blend is linear in the turns.
+    # The number of turns within the original context decides: frequencies with few turns are
+    # divided by `factor`, those with many are kept, and between them the blend is linear.
     turns = scaling.original_max_position * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -445,7 +445,7 @@ def _chunked_logprobs(hidden, head, targets, temperature, chunk_size):
 
 
 def to_rows(mask, *flat):
-    """Puts values, in the order of the True places of mask [B, T], there: [B, T] each, else 0."""
+    """Scatters values to the True places of mask [B, T], row by row: [B, T] each, 0 elsewhere."""
     return tuple(each.new_zeros(mask.shape).masked_scatter(mask, each) for each in flat)
 
 
@@ -538,9 +538,9 @@ def find_folder(path: str) -> Path:
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch.float32):
     """Reads a Hugging Face folder or hub name: (Transformer, tokenizer).
 
-    Raises ValueError for another architecture, a quantised model, a setting that is not supported,
-    and a tensor that is missing, left over or of another shape than config.json says; the message
-    names it.
+    Raises ValueError for a folder without config.json, weights or tokenizer, another architecture,
+    a quantised model, a setting that is not supported, and a tensor that is missing, left over or
+    of another shape than config.json says; the message names it.
     """
     folder = find_folder(str(path))
     if not (folder / "config.json").is_file():
@@ -635,7 +635,7 @@ def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
 
     The weights have the model's dtype. The folder is written aside and then renamed, so it is
     whole whenever it is there. Every process must call this; rank 0 writes. Raises ValueError if
-    `path` exists.
+    `path` exists or the model came from no folder.
     """
     path = Path(path)
     if path.exists():
@@ -647,7 +647,7 @@ def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
     for name, parameter in model.named_parameters():
         full = full_tensor(parameter)   # a collective: every process takes part
         if is_main():
-            state[name] = full.detach().to("cpu", copy=True)   # gathered, it is part of a storage
+            state[name] = full.detach().to("cpu", copy=True)   # a view of a larger storage
     if is_main():
         aside = path.with_name(f".{path.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)   # a save that was killed leaves one

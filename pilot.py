@@ -21,9 +21,9 @@ from options import EvaluationOptions
 def compare(plain: list[dict], other: list[dict], samples: int) -> dict[str, float]:
     """What changes between paired records, `samples` consecutive ones a problem.
 
-    difference: of the accuracies, with its 95 % bootstrap interval over problems. distance: the
-    mean edit distance of the texts, as a share of the longer one. gained, lost: the shares that
-    turn from wrong to right and back.
+    difference: of the accuracies; difference_low, difference_high: its 95 % bootstrap interval over
+    problems. distance: the mean edit distance of the texts, as a share of the longer one. gained,
+    lost: the shares that turn from wrong to right (a score above 0), and from right to wrong.
     """
     pairs = list(zip(plain, other, strict=True))
     changes = [b["score"] - a["score"] for a, b in pairs]

@@ -1,4 +1,4 @@
-"""Prepares a training run: what may be wrong with options, data or model is found here, first."""
+"""Prepares training runs and evaluations: users' mistakes are found here, before the first step."""
 
 import copy
 import os
@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from data import (
     Demonstrations,
@@ -33,11 +34,40 @@ from distributed import (
 )
 from machine import return_freed_memory
 from model_utils import Transformer, load_model
-from options import TrainingOptions, embedded, parse_training, require, resolve
+from options import (
+    EvaluationOptions,
+    SharedOptions,
+    TrainingOptions,
+    check_ranges,
+    embedded,
+    parse_training,
+    require,
+    resolve,
+)
 from reward import make_scorer
 from rollout import Sampler, choose_slots
-from runs import check_settings, choose_folder, load_checkpoint, lock_folder, write_settings
+from runs import (
+    check_settings,
+    choose_folder,
+    find_model,
+    load_checkpoint,
+    lock_folder,
+    write_settings,
+)
 
+
+def make_builder(o: SharedOptions, tokenizer: Any) -> PromptBuilder:
+    return PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
+
+
+def load_demonstrations(o: SharedOptions, builder: PromptBuilder, k: int,
+                        max_prompt_length: int) -> Demonstrations:
+    pool = load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",))
+    return Demonstrations(pool, builder, k, max_prompt_length, o.demo_min_chars)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
 
 @dataclass(eq=False)
 class Run:
@@ -82,7 +112,7 @@ def prepare(arguments: list[str]) -> Run:
     held_out = load_problems(embedded(o.test_data, "test.jsonl"))
     model, tokenizer = load_model(embedded(o.model, "model"), device)
     _check_model(o, model, tokenizer)
-    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
+    builder = make_builder(o, tokenizer)
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
 
     dtype: torch.dtype = getattr(torch, o.dtype)
@@ -163,9 +193,7 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
                         f"with an expert response over {o.max_new_tokens} tokens",
                         lambda p: len(builder.expert_response(p)) <= o.max_new_tokens, left_out)
     elif o.off_policy == "demonstrations":
-        pool = load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",))
-        demonstrations = Demonstrations(pool, builder, o.num_demonstrations, o.max_prompt_length,
-                                        o.demo_min_chars)
+        demonstrations = load_demonstrations(o, builder, o.num_demonstrations, o.max_prompt_length)
         problems = keep_askable(problems, "training problems", builder, o.max_prompt_length,
                                 left_out, demonstrations)
         left_out += [f"left out: {count} demonstrations {reason}"
@@ -177,3 +205,77 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
         print(f"{len(problems)} training problems, {len(held_out)} held-out problems{count}",
               *left_out, sep="\n")
     return problems, held_out, demonstrations
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+class Case(NamedTuple):
+    """A row of the table."""
+    data: str
+    shots: int
+    problems: list[Problem]
+    demonstrations: Demonstrations | None
+    temperature: float
+    again: bool = False   # a second draw, with random numbers of its own
+
+    @property
+    def key(self) -> tuple:
+        return self.data, self.shots, self.temperature, self.again
+
+
+def prepare_evaluation(o: EvaluationOptions) -> tuple[Transformer, PromptBuilder, list[Case]]:
+    """The model, its prompts, and the rows of the table. Raises ValueError for users' mistakes."""
+    _check_evaluation(o)
+    o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
+    make_scorer(o.reward)
+    data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
+    device = init_distributed(o.device)
+    model, tokenizer = load_any_model(o.model, device, getattr(torch, o.dtype))
+    positions = model.config.max_position
+    require(positions > o.max_new_tokens, f"--max-new-tokens {o.max_new_tokens} leaves no room for "
+            f"a prompt: {o.model} has {positions} positions")
+    room = min(o.max_prompt_length, positions - o.max_new_tokens)
+    builder = make_builder(o, tokenizer)
+    pools = {shots: load_demonstrations(o, builder, shots, room)
+             for shots in sorted(set(o.shots) - {0})}
+    cases, left_out = [], []
+    for name, problems in data.items():   # all rows of a data set are over the same problems
+        kept = keep_askable(problems, f"problems of {name}", builder, room, left_out,
+                            *pools.values())
+        cases += [Case(name, shots, kept, pools.get(shots), o.temperature) for shots in o.shots]
+        if o.compare_shots:
+            cases += [Case(name, 0, kept, None, temperature, again=True)
+                      for temperature in [o.temperature, *sorted(o.temperatures)]]
+    if is_main() and left_out:
+        print(*left_out, sep="\n")
+    return model, builder, cases
+
+
+def _check_evaluation(o: EvaluationOptions) -> None:
+    check_ranges(o)
+    o.k = o.k or sorted({1, o.samples})
+    require(all(1 <= k <= o.samples for k in o.k),
+            f"pass@k needs k from 1 to the number of samples, {o.samples}, not {o.k}")
+    output = Path(o.output)
+    require(output.suffix not in (".json", ".png"),
+            f"--output is the file of the samples; the table and the picture go beside it, as "
+            f".json and .png: give {output.stem}.jsonl, not {o.output}")
+    for name, values in (("data", o.data), ("shots", o.shots)):
+        require(len(set(values)) == len(values),
+                f"{name}: {', '.join(map(str, values))} names one twice")
+    require(not o.compare_shots or (
+        o.shots[0] == 0 and len(o.shots) == 2 and o.temperature not in o.temperatures
+        and min(o.temperatures, default=1) > 0),
+        f"--compare-shots compares --shots 0 with one other number, and with --temperatures above "
+        f"0 other than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
+
+
+def load_any_model(path: str, device, dtype) -> tuple[Transformer, Any]:
+    """load_model, also of a run of train.py and of one of its checkpoints; see runs.find_model."""
+    folder, checkpoint = find_model(path)
+    if checkpoint is None:
+        return load_model(folder, device, dtype)
+    model, tokenizer = load_model(folder, device)
+    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)   # into these tensors
+    return model.to(dtype), tokenizer

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: float | None,
             seconds: list[float]) -> dict[str, Any]:
-    """The row of metrics.jsonl, over all processes. A mean over nothing is None.
+    """The row of metrics.jsonl, over all processes but for the times, which are this process's.
 
-    updates: what `update` returned for each mini-batch. gap: the largest difference of recomputed
-    log-probabilities, if there are any. seconds: of rollout, reward and update.
+    A mean over nothing is None. updates: what `update` returned for each mini-batch. gap: the
+    largest difference between recomputed and sampled log-probabilities, or None. seconds: of
+    rollout, reward and update. Every process must call it.
     """
     totals = Totals()
     groups, varied = batch.group.unique(), batch.group[batch.advantages != 0].unique()
@@ -68,7 +69,10 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
 
 
 def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
-    """Appends to metrics.jsonl and samples.jsonl; writes the whole batch of a skipped step."""
+    """Appends to metrics.jsonl and samples.jsonl; writes the whole batch of a skipped step.
+
+    Every process must call it.
+    """
     step = metrics["step"]
     samples = gather_lists([
         {"step": step, "problem": r.question.problem.problem, "off_policy": r.off_policy,

@@ -21,7 +21,7 @@ from options import AnswerFormat
 from verify import compare
 
 FORMATS = get_args(AnswerFormat)
-MAX_LENGTH = 10_000          # characters of an answer that Math-Verify is asked about
+MAX_LENGTH = 10_000          # the longest answer, in characters, that Math-Verify gets
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -29,7 +29,7 @@ _UNBRACED = re.compile(r"(?:[^\s${}]|\{[^\s${}]*\})+")
 # A space beside a character that is no letter or digit separates nothing; "1, 234" is not 1,234.
 _SPACE = re.compile(r" (?=\W)|(?<=\W)(?<![0-9],) ")
 _SIZE = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
-# Python refuses to read integers of 4,300 digits.
+# Python refuses to read integers of more than 4,300 digits.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}|[0-9]{1,999})"
 _DECIMAL = re.compile(rf"([+-]?)(?:({_DIGITS})\.?([0-9]{{0,999}})|\.([0-9]{{1,999}}))")
 _FRACTION = re.compile(rf"([+-]?)(?:\\frac\{{([+-]?{_DIGITS})\}}\{{({_DIGITS})\}}"
@@ -43,9 +43,9 @@ def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
     """The final answer as the response writes it; None if there is none.
 
     answer_format: "boxed" takes the last \\boxed{...} or \\fbox{...} with balanced braces, or
-    \\boxed 5 up to the next space; a last box that is not closed is no answer. "gsm8k" takes the
-    rest of the line behind the last ####. "tags" takes the last <answer>...</answer>, and if there
-    is a box in it, what the box holds.
+    \\boxed 5 up to a space, $ or unmatched brace, without a final .,; behind it; a last box that is
+    not closed is no answer. "gsm8k" takes the rest of the line behind the last ####. "tags" takes
+    the last <answer>...</answer>, and if there is a box in it, what the box holds.
     """
     if answer_format == "gsm8k":
         _, mark, rest = response.rpartition("####")
@@ -70,9 +70,10 @@ def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
 
 
 def tidy(answer: str) -> str:
-    """The answer without what changes only its looks.
+    """Removes what changes only the looks of an answer.
 
-    These are $, \\left and \\right, \\dfrac for \\frac, and spaces that separate nothing.
+    This is outer $, \\left, \\right, \\displaystyle, \\!, the braces of {,} and spaces that
+    separate nothing; \\dfrac and \\tfrac become \\frac.
     """
     answer = _SIZE.sub("", answer.strip().strip("$")).replace("{,}", ",").replace("\\!", "")
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
@@ -107,7 +108,7 @@ def settle(given: str, answer: str) -> bool | None:
         return None
     (a, a_fraction), (b, b_fraction) = number, reference
     if a != b and a_fraction != b_fraction and abs(a - b) < Fraction(1, 10 ** 5):
-        return None   # Math-Verify knows how many decimal places make the decimal this fraction
+        return None   # Math-Verify decides whether a rounded decimal equals a fraction
     return a == b
 
 
@@ -124,7 +125,8 @@ def score(responses: list[str], answers: list[str], timeout: float = 5.0,
         of torchrun; they start when first needed and stay. Calls from several threads take turns.
     answer_format: see extract_answer.
     Raises ValueError if the lists differ in length or the format is unknown, ImportError if
-    Math-Verify is needed and not installed. Nothing in a response raises anything.
+    Math-Verify is needed and not installed, RuntimeError if a worker does not start. No response
+    makes it raise.
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers: give one answer "

@@ -11,7 +11,8 @@ A sequence occupies a slot of the cache. The loop of `generate`:
 3. All slots decode one token, or on a GPU a few tokens, by replaying a CUDA graph.
 
 The model is the one that trains, so the log-probabilities returned here are the old
-log-probabilities of the objective, and no second pass is needed.
+log-probabilities of the objective; no second pass is needed, unless top_p or top_k cut the
+distribution.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ class _Sequence:
     prompt: list[int]
     key: int                     # of its random numbers
     leader: "_Sequence | None"   # the first in the queue that has the same first `shared` tokens
-    shared: int                  # the length of the prompt, if the leader has the same prompt
+    shared: int                  # tokens to copy from it; all, if both prompts are equal
     slot: int = -1
     count: int = 0               # tokens sampled
 
@@ -74,13 +75,14 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
              progress: Callable[[int, int], None] | None = None) -> list[Completion]:
     """Samples n completions of each prompt; n consecutive ones a prompt, in the prompts' order.
 
-    n: one number, or one for each prompt.
+    n: one number, or one for each prompt. max_new_tokens: the longest completion. stop_ids: each of
+        these ids ends a completion and is its last token.
     temperature: 0 is greedy; every log-probability is then 0, that of a certain event.
     top_k: 0 keeps the whole vocabulary, else only the k likeliest tokens. top_p: keeps the smallest
         set of likeliest tokens whose probability reaches top_p.
     seed, stream_ids: every random number is a function of (seed, the prompt's stream id, sample,
-        position), so the result does not depend on other prompts, slots or processes. stream_ids:
-        one integer a prompt, by default its index.
+        position), so other prompts, slots or processes change the result by rounding alone.
+        stream_ids: one integer a prompt, by default its index.
     slots: sequences sampled at the same time; 0 lets choose_slots choose. Unused with a sampler.
     sampler: slots to use again, rollout after rollout, instead of new ones. A call that fails or is
         interrupted frees their memory.
@@ -108,7 +110,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     completions: dict[int, Completion] = {}
     try:
         count, usable = len(waiting), min(sampler.slots, len(waiting))
-        # A step that torch.compile has compiled reads the weights where they were.
+        # A compiled step keeps the addresses of the weights, so they must not move.
         products = contextlib.nullcontext() if sampler.compiled else merged_products(model)
         with products, torch.inference_mode():
             sampler.prepare(model, settings)
@@ -138,7 +140,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
                     completions[sequence.index] = completion
                 if progress:
                     progress(len(ended), len(admitted) + sampled)
-    except BaseException:   # Ctrl-C too leaves nothing allocated
+    except BaseException:   # after Ctrl-C, too, nothing stays allocated
         sampler.release()
         raise
     return [completions[index] for index in range(count)]
@@ -232,7 +234,7 @@ class Sampler:
         """Allocates what is not yet there, and drops the graphs of another model.
 
         Graphs refer to the weights they were captured with. For a model that is gathered for every
-        rollout they are captured anew each time: tens of milliseconds for every batch and span met.
+        rollout they are captured anew each time, for every batch and span met.
         """
         if self.model() is not model:
             self.graphs.clear()
@@ -325,7 +327,7 @@ class Sampler:
 
     def decode(self, model: Transformer, running: list[_Sequence], settings: _Settings,
                usable: int) -> tuple[list[int], int]:
-        """Samples a token for every sequence, or several on a GPU, where each check waits for it.
+        """Samples a token for every sequence; on a GPU several, because each check waits for it.
 
         Returns (slots that have ended, tokens sampled).
         """
@@ -390,7 +392,7 @@ class Sampler:
                 for s, tokens, logprobs in rows]
 
     def move(self, moved: dict[int, _Sequence]) -> None:
-        """Moves sequences to the slots given, from none of which another one moves."""
+        """Moves sequences to the given slots. No source slot is also a target."""
         sources = self._tensor([s.slot for s in moved.values()])
         targets = self._tensor(list(moved))
         self.cache.copy(sources, targets, max(len(s.prompt) + s.count for s in moved.values()))
@@ -411,7 +413,7 @@ Step = Callable[[], None]
 def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
     """Returns a function that runs a step once and returns the replay of its CUDA graph.
 
-    The run is the warm-up that capturing needs. The graphs share their memory, because they are
+    The run is the warm-up that capturing needs. The graphs can share their memory, because they are
     never replayed at the same time.
     """
     pool = torch.cuda.graph_pool_handle()
@@ -429,7 +431,7 @@ def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
 
 
 def bucket(number: int, most: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but at most `most`.
+    """Rounds up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but at most `most`.
 
     These are few enough to capture a graph for each.
     """

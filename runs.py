@@ -32,15 +32,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def numbered(first: Path) -> Iterator[Path]:
-    """first, then the same name with -2, -3, … before its suffix."""
-    yield first
+def numbered(path: Path) -> Iterator[Path]:
+    """path, then the same name with -2, -3, … before its suffix."""
+    yield path
     for number in itertools.count(2):
-        yield first.with_name(f"{first.stem}-{number}{first.suffix}")
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Writes the file aside and renames it, so that it is always the whole old or new one."""
+    """Writes the file aside and renames it, so that readers find the whole old or new file."""
     aside = file.with_name(f".{file.name}.partial")
     aside.write_text(text)
     aside.replace(file)
@@ -54,6 +54,8 @@ def remove(folder: Path) -> None:
 def append_lines(file: Path, objects: list[dict]) -> None:
     """Appends a line of JSON for each object, with null for numbers that are not finite."""
     def finite(value):
+        if isinstance(value, list):
+            return [finite(each) for each in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     with file.open("a") as stream:
@@ -101,9 +103,9 @@ def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Holds the run's folder until this process ends, however it ends; returns the lock.
+    """Holds the run's folder until this process ends or closes the lock, which it returns.
 
-    Raises ValueError if another process holds it.
+    Returns None where the file system has no locks. Raises ValueError if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -143,7 +145,7 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
     final = folder / "checkpoints" / f"step-{step}"
     aside = final.with_name(f".{final.name}.partial")
     if is_main():
-        for leftover in (aside, final):   # a run that was killed while it wrote leaves them
+        for leftover in (aside, final):   # of an earlier start of this run
             shutil.rmtree(leftover, ignore_errors=True)
     barrier()
     try:
@@ -191,8 +193,8 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
 def find_model(path: str) -> tuple[Path | str, Path | None]:
     """(model folder or hub name, checkpoint to load over it or None) of what eval.py is given.
 
-    A run of train.py is its final/, or without that its newest checkpoint. Raises ValueError for a
-    run without either, and for a checkpoint that is in no run.
+    For a run of train.py this is its final/, else its newest checkpoint. Raises ValueError for a
+    run that has neither, and for a checkpoint that is in no run.
     """
     folder = Path(embedded(path, "model"))
     if (folder / "final").is_dir():
@@ -286,8 +288,8 @@ def messages_on_exit(folder: Path, reward_error: type[Exception]):
             error = next(iter(error.failures.values()))[0]
         free = shutil.disk_usage(folder).free / 1e9
         print(f"train.py: error: {folder} could not be written ({str(error).splitlines()[0]}); "
-              f"{free:.3f} GB are free there. What is there is whole; when it can be written, go "
-              f"on with: {go_on}", file=sys.stderr)
+              f"{free:.3f} GB are free there. The files there are whole; when it can be written, "
+              f"go on with: {go_on}", file=sys.stderr)
         os._exit(1)
     except RuntimeError as error:
         lost = any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection"))
@@ -329,7 +331,7 @@ def follow_tokens(say: Callable[[int, str], None]) -> Callable[[int, int], None]
 
 
 def say_sampling(say: Callable[[str], None], total: int) -> Callable[[int, int], None]:
-    """A `progress` of `generate` that says, ten times a second, how many of `total` have ended."""
+    """A `progress` of `generate` that says, at most ten times a second, how many have ended."""
     said, done = time.perf_counter(), 0
 
     def report(ended: int, speed: str) -> None:
@@ -421,7 +423,7 @@ def _when_read_files_changed(options: EvaluationOptions, cases: list) -> dict[st
              *(Path(embedded(case.data, "test.jsonl")) for case in cases)]
     if options.reward:
         paths.append(Path(options.reward.rpartition(":")[0]))
-    # Of a model folder, run or checkpoint only the files that are loaded count, not those that an
+    # Only those files of a model folder, run or checkpoint count that are loaded, not those that an
     # evaluation writes there.
     patterns = ("*.safetensors", "tokenizer*", "config.*", ".metadata", "final/*",
                 "checkpoints/*/.metadata")

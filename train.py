@@ -9,12 +9,12 @@
 1. Draw a batch of questions.
 2. Sample N_on responses to each from θ_old, and N_off with demonstrations in the context.
 3. An off-policy response in the expert region (ERRS) replaces a random on-policy one and gets the
-   bonus (RS); another is dropped.
+   bonus (RS); other off-policy responses are dropped.
 4. Compute advantages over the mixed group (ADV), the objective (ICPO) and its gradient; update θ.
 5. θ_old ← θ.
 
-Every random choice is a function of (seed, step, question), not of a process or of what was drawn
-before. So any number of processes makes the same update, and a resumed run needs no random state.
+Every random choice is a function of (seed, step, question), so any number of processes makes the
+same update, apart from rounding, and a resumed run needs no random state.
 """
 
 import contextlib
@@ -47,7 +47,10 @@ from rollout import Work, generate
 
 
 def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "Batch"]:
-    """Steps 1 to 5. Returns the metrics, the same on every process, and this process's batch."""
+    """Steps 1 to 4; 5 is that the next call samples with the updated θ.
+
+    Returns the metrics over all processes and this process's batch.
+    """
     o, phases = run.options, runs.Phases(say)
     phases.start("sampling")
     questions = draw_questions(run, step)                                              # 1
@@ -58,7 +61,7 @@ def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "B
     phases.start("updating")
     gap = recompute_logprobs(run, responses) if o.old_logprobs == "recompute" else None
     updates = [update(run, part) for part in batch.mini_batches(o.mini_batch_size)]    # 4    (ICPO)
-    return report.measure(run, step, batch, updates, gap, phases.seconds()), batch     # 5
+    return report.measure(run, step, batch, updates, gap, phases.seconds()), batch
 
 
 @dataclass(eq=False)
@@ -66,7 +69,7 @@ class Question:
     index: int                      # its place in the batch; it numbers the group
     problem: Problem
     prompt: list[int]               # q
-    demo_prompts: list[list[int]]   # [D; q], N_off of them if the policy steers itself
+    demo_prompts: list[list[int]]   # [D; q], N_off of them if --off-policy is demonstrations
 
 
 @dataclass(eq=False)
@@ -76,7 +79,7 @@ class Response:
     off_policy: bool
     behaviour_prompt: list[int]
     tokens: list[int]
-    old_logprobs: list[float]       # of the behaviour policy
+    old_logprobs: list[float]       # of the behaviour policy; 0 for a data set's response
     finished: bool
     text: str
 
@@ -99,7 +102,7 @@ class Batch:
         return replace(self, responses=[self.responses[i] for i in rows], **chosen)
 
     def mini_batches(self, size: int) -> Iterator["Batch"]:
-        """Parts of `size` questions of the whole batch; every process has some of each part."""
+        """Yields this process's part of each mini-batch of `size` questions."""
         parts = (self.group // size).tolist()
         for part in sorted(set(parts)):
             yield self.select([i for i, each in enumerate(parts) if each == part])
@@ -147,7 +150,7 @@ def sample_responses(run: Run, questions: list[Question], step: int,
         return ((2 * step + kind) << 32) + number
 
     with behaviour_policy(run) as model:
-        def policy(demo_prompts):   # one call, so that no slot waits for one kind of prompt to end
+        def policy(demo_prompts):   # it samples the plain prompts too: no cache slot stays idle
             counts = [o.n_on] * len(plain) + [1] * len(demo_prompts)
             return generate(
                 model, plain + demo_prompts, n=counts, max_new_tokens=o.max_new_tokens,
@@ -172,11 +175,11 @@ def sample_responses(run: Run, questions: list[Question], step: int,
 
 @contextlib.contextmanager
 def behaviour_policy(run: Run):
-    """θ_old to sample with, whole; afterwards the update can use the memory that sampling took."""
+    """Yields θ_old as a whole model, then frees the sampler's memory unless graphs use it again."""
     model = distributed.gather_model(run.model, getattr(torch, run.options.dtype))
     run.sampler.work = Work()
     yield model
-    if model is not run.model or run.device.type == "cpu":   # no CUDA graph could serve again
+    if model is not run.model or run.device.type == "cpu":   # no CUDA graph can serve again
         run.sampler.release()
 
 
@@ -204,10 +207,9 @@ def form_groups(run: Run, responses: list[Response], rewards: Tensor, step: int)
 
 
 def update(run: Run, batch: Batch) -> dict[str, float]:
-    """Step 4 for one mini-batch: (ICPO), its gradient, and an optimiser step.
+    """Step 4 for one mini-batch: (ICPO), its gradient, and an optimiser step, if both are finite.
 
-    A loss or gradient that is not finite leaves the weights as they are. Returns sums and maxima
-    over all processes.
+    Returns sums and maxima over all processes, the norm of the gradient, and whether it `skipped`.
     """
     o, batch = run.options, batch.select(batch.keep.nonzero()[:, 0].tolist())
     parts = distributed.micro_batches(
@@ -258,7 +260,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
 
 
 _ROW = Response(Question(0, Problem("", ""), [0], []), False, [0], [0], [0.0], True, "")
-# The micro-batch of a process that has no rows left while others have: one row outside every group.
+# A dummy row whose mask is all zeros, for a process that has no rows left while others have.
 NOTHING = Batch([_ROW], *(torch.zeros(1, dtype=dtype) for dtype in (
     torch.long, torch.bool, torch.float64, torch.bool, torch.bool, torch.float64)), bonus=0.0)
 
@@ -296,10 +298,7 @@ def held_out_accuracy(run: Run) -> float:
 
 
 def train(run: Run) -> None:
-    """Makes all steps from run.start on, or until a signal.
-
-    Raises NotFinite, RewardError, and OSError where a file cannot be written.
-    """
+    """Makes all steps from run.start on, or until a signal. Raises what messages_on_exit explains."""
     o, skipped, accuracies = run.options, 0, report.read_accuracies(run.folder)
     with (runs.stop_on_signal() as stop, tqdm(total=o.steps, initial=run.start, unit="step",
                                               desc=o.method, disable=not is_main()) as bar):

@@ -19,8 +19,8 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-MEMORY_LIMIT = 1 << 30   # bytes that a comparison may take
-START_SECONDS = 120      # a worker may take so long to import sympy on a busy machine
+MEMORY_LIMIT = 1 << 30   # bytes that the process that compares may hold
+START_SECONDS = 120      # limit for the start of a worker, which imports sympy
 
 class _Worker:
     """A process that compares pairs: one line to its input, one line from its output; see _serve.
@@ -29,7 +29,7 @@ class _Worker:
     """
 
     def __init__(self):
-        # In a session of its own Ctrl-C does not reach the worker, only the trainer, which then
+        # The worker has a session of its own, so that Ctrl-C reaches only the trainer, which then
         # closes the pipes.
         self.process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), str(MEMORY_LIMIT)], stdin=subprocess.PIPE,
@@ -78,7 +78,7 @@ class _Worker:
         self.process.wait()
 
     def _read_line(self, deadline: float) -> list[str]:
-        """The words of the worker's next line; none if none comes in time or the worker is gone."""
+        """Returns the words of the next line, or [] if none comes in time or the worker is gone."""
         line, waiting = b"", select.poll()
         waiting.register(self.output, select.POLLIN)
         while not line.endswith(b"\n"):
@@ -101,7 +101,7 @@ def compare(pairs: list[tuple[str, str]], timeout: float, workers: int | None,
 
     timeout: seconds for each. workers: processes, None for default_workers(). counts: its
     "timeouts" goes up by the pairs that passed a limit. Calls from several threads take turns.
-    Raises ImportError if Math-Verify is not installed.
+    Raises ImportError if Math-Verify is not installed, RuntimeError if a worker does not start.
     """
     with _lock:
         return _compare(pairs, timeout, workers, counts)

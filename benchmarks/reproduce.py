@@ -4,7 +4,7 @@
     python benchmarks/reproduce.py --sweep     # also the choices that the paper leaves open
     python benchmarks/reproduce.py --quick     # every part once, with few steps
 
-The settings are two models made from the embedded one. Plain sampling almost never finds the good
+The settings are two models made from the embedded one. Plain sampling almost never finds the worked
 solution with `rare` (exploration is the bottleneck) and often finds it with `often`. Both models
 err in one of twenty running sums, so that some responses with a demonstration are wrong. Both saw
 sums of 9 or 10 numbers when they were made, which the training here does not contain; neither ever
@@ -45,7 +45,7 @@ from tiny.make import make_problems, write_jsonl
 
 SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
 MAKE = "--init tiny/model --learning-rate 1e-3 --slips 0.05 --document-terms 5 10"
-TRAIN = "--learning-rate 1e-4"   # Twice the default shows all of the learning within few steps.
+TRAIN = "--learning-rate 1e-4"   # At twice the default rate, few steps are enough to learn.
 LONGER = {"longer": (9, 10), "longest": (11, 12)}   # The training has problems of 5 to 8 numbers.
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo",
            "ICPO†": "--method icpo-rs", "ICPO† − ERRS": "--method icpo --errs false"}
@@ -102,7 +102,7 @@ def clock(file: Path):
 
 
 def rows_of(file: Path, key: str = "rows") -> list[dict]:
-    """The rows that a finished evaluation wrote to `file`; an empty list if it has not finished."""
+    """Returns the rows that an evaluation wrote to `file`, none if it has not finished."""
     return json.loads(file.read_text()).get(key, []) if file.is_file() else []
 
 
@@ -140,7 +140,7 @@ def finish(job: Job, steps: int) -> None:
                  str(job.folder.parent.parent / "model"), "--seed", str(job.seed), "--steps",
                  str(steps), *TRAIN.split(), "--output-dir", str(job.folder),
                  *(["--resume"] if job.folder.is_dir() else [])], log)
-        if (job.folder / "final").is_dir():   # Without it, Ctrl-C has stopped train.py.
+        if (job.folder / "final").is_dir():   # If it is missing, Ctrl-C has stopped train.py.
             run(["eval.py", "--model", str(job.folder), "--data",
                  *(str(job.folder.parents[2] / f"{name}.jsonl") for name in LONGER), "--shots", "0",
                  "--max-new-tokens", "96", "--output", str(job.folder / "longer.jsonl")], log)
@@ -155,16 +155,18 @@ def measure(folder: Path) -> dict[str, float]:
 
 @functools.cache
 def expanded_tail(n: int) -> float:
-    """The share of the bootstrap distribution to leave out on either side: Φ(−√(n/(n−1))·t), where
-    t is the 97.5 % point of Student's distribution (Hesterberg, arXiv 1411.5279). Intervals cut at
-    2.5 % are much too narrow for as few values as there are seeds."""
+    """Returns the share of the bootstrap distribution to leave out on either side,
+    Φ(−√(n/(n−1))·t), where t is the 97.5 % point of Student's distribution with n − 1 degrees of
+    freedom (Hesterberg, arXiv 1411.5279). Intervals cut at 2.5 % are much too narrow for as few
+    values as there are seeds."""
     t = np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
     return NormalDist().cdf(-(n / (n - 1)) ** 0.5 * t)
 
 
 def bootstrap(values: list[float]) -> tuple[float, float, float]:
-    """The mean over seeds and both ends of its 95 % bootstrap interval by expanded percentiles. The
-    ends are nan for fewer than five values, which leave too few different resamples."""
+    """Returns the mean over seeds and both ends of its 95 % bootstrap interval by expanded
+    percentiles. The ends are nan for fewer than five values, which have too few different
+    resamples."""
     array = np.array(values)
     if len(array) < 5:
         return array.mean(), np.nan, np.nan
@@ -174,7 +176,7 @@ def bootstrap(values: list[float]) -> tuple[float, float, float]:
 
 
 def table_of(results: dict[str, dict[int, dict]], paper: bool = False) -> list[str]:
-    """The lines of a Markdown table with one row per system."""
+    """Returns the lines of a Markdown table with one row per system."""
     lines = ["| system | " + " | ".join(MEASURES.values()) + " |" + " paper, Qwen3-8B |" * paper,
              "|---" * (1 + len(MEASURES) + paper) + "|"]
     for name, runs in results.items():
@@ -186,7 +188,8 @@ def table_of(results: dict[str, dict[int, dict]], paper: bool = False) -> list[s
 
 
 def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]:
-    """One line per system that says how it differs from the baseline; runs are paired by seed."""
+    """Returns a line per system that says how it differs from the baseline, with runs paired by
+    seed."""
     lines = []
     for name, runs in results.items():
         if runs is not results[baseline] and "the runs of" not in name:

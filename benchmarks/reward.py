@@ -28,8 +28,8 @@ TARGETS = [("seconds", "<=", 20.0), ("disagreements", "<=", 0)]
 
 
 def make_pair(rng: random.Random) -> tuple[str, str]:
-    """(given, reference): half are whole numbers as in GSM8K, half are answers of MATH's kinds; a
-    third of the given ones are wrong."""
+    """Returns (given, reference). Half of the pairs are whole numbers as in GSM8K, half are answers
+    of MATH's kinds; a third of the given answers are wrong."""
     a, b, c = rng.randint(2, 60), rng.randint(2, 60), rng.choice([2, 3, 5, 7])
     kinds = [(f"{1000 * a + b:,}", str(1000 * a + b)), (str(a * b), str(a * b)),
              (f"{a}.00", str(a)), (f"{a} cm", str(a)), (rf"\frac{{{a}}}{{{c}}}", f"{a}/{c}"),
@@ -69,7 +69,7 @@ def main() -> None:
                  for given, _ in pairs]
     answers = [answer for _, answer in pairs]
 
-    # This starts the workers before the time is taken.
+    # This starts the workers, so that their start is not timed.
     score([r"\boxed{1+x}"] * 8, [f"x+{i}" for i in range(8)], workers=options.workers)
     start = time.perf_counter()
     scores = score(responses, answers, workers=options.workers)

@@ -72,7 +72,7 @@ class Case:
     max_new_tokens: int
     slots: int
     stop_ids: tuple[int, ...] = ()
-    batches: tuple[int, ...] = ()   # prompts at a time in transformers, whose best time counts
+    batches: tuple[int, ...] = ()   # prompts at a time in transformers; its best time counts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def synchronise(device) -> None:
 
 
 def measure_machine(device, dtype) -> tuple[float, float]:
-    """(bytes read from memory per second, operations per second). A multiply-add counts twice."""
+    """Returns (bytes read from memory, operations) per second. A multiply-add counts twice."""
     block = torch.ones((4 if device.type == "cuda" else 1) * 2 ** 28, device=device)
     bandwidth = block.nbytes / best_time(block.sum, device)
     size = 8192 if device.type == "cuda" else 2048
@@ -104,15 +104,16 @@ def measure_machine(device, dtype) -> tuple[float, float]:
 
 
 def block_weights(c: ModelConfig) -> int:
-    """Number of weights in a block's matrix products."""
+    """Returns the number of weights in a block's matrix products."""
     return (c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
             + 3 * c.hidden_size * c.intermediate_size)
 
 
 def limit_seconds(config: ModelConfig, case: Case, lengths: list[int], steps: int, rollouts: int,
                   dtype, bandwidth, rate) -> float:
-    """Seconds that these rollouts, with responses of these lengths in this many decode steps, would
-    take if only memory bandwidth or only arithmetic limited them, whichever is longer."""
+    """Returns the seconds that these rollouts, with responses of these lengths in this many decode
+    steps, would take if only memory bandwidth or only arithmetic limited them, whichever is
+    longer."""
     c, block = config, block_weights(config)
     weights = c.num_layers * block + c.vocab_size * c.hidden_size
     prompt_positions = rollouts * sum(map(len, case.prompts))
@@ -128,7 +129,7 @@ def limit_seconds(config: ModelConfig, case: Case, lengths: list[int], steps: in
 
 
 def peak_resident() -> int:
-    """The most bytes of memory that this process has held; works only on Linux."""
+    """Returns the most bytes of memory that this process has held; works only on Linux."""
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
@@ -190,7 +191,7 @@ def theirs(hf, case: Case, at_a_time: int) -> list[list[int]]:
 
 @torch.no_grad()
 def find_stop_ids(model: Transformer, case: Case, mean: float, seed: int) -> tuple[int, ...]:
-    """Random token ids; the model samples one of them about once in `mean` tokens."""
+    """Returns random token ids, one of which the model samples about once in `mean` tokens."""
     completions = generate(model, case.prompts, max_new_tokens=case.max_new_tokens, seed=seed + 1,
                            slots=case.slots)
     probs = torch.zeros(model.config.vocab_size, device=model.device)
@@ -209,7 +210,7 @@ def find_stop_ids(model: Transformer, case: Case, mean: float, seed: int) -> tup
 # --------------------------------------------------------------------------------------------------
 
 def load(options: Options, device, dtype):
-    """(the model in this project, its tokenizer or None, the same weights in transformers)"""
+    """Returns (the model here, its tokenizer or None, the model of transformers)."""
     if options.model == "qwen3-1.7b-shape":
         hf_config = Qwen3Config(**QWEN3_1_7B, bos_token_id=None, eos_token_id=None)
         with torch.device(device):
@@ -320,8 +321,8 @@ class Runs:
 
 @torch.no_grad()
 def logprob_gap(model: Transformer, case: Case, sampler: Sampler, seed: int) -> tuple[float, float]:
-    """(mean, maximum) over tokens of the difference between the sampler's log-probabilities and
-    those that training computes."""
+    """Returns (mean, maximum) over tokens of the difference between the sampler's log-probabilities
+    and those that training computes."""
     completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
                            stop_ids=case.stop_ids, seed=seed, sampler=sampler)
     gaps = []

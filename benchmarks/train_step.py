@@ -107,7 +107,8 @@ def run_here(job: dict) -> dict:
 
 
 def update_operations(config: ModelConfig, rows) -> float:
-    """The multiplications and additions that these rows' gradient needs, without recomputation."""
+    """Returns how many multiplications and additions these rows' gradient needs, without
+    recomputation."""
     c, prompts = config, {row.question: len(row.question.prompt) for row in rows}
     responses = sum(len(row.tokens) for row in rows)
     positions = sum(prompts.values()) + responses - len(rows)
@@ -172,8 +173,8 @@ def serve(job: dict) -> None:
 # --------------------------------------------------------------------------------------------------
 
 def make_prompts(tokenizer, count: int, length: int, seed: int) -> list[str]:
-    """`count` texts of exactly `length` tokens: random words, or digits if the tokenizer has no
-    words. Raises ValueError if it does not find enough."""
+    """Returns `count` texts of exactly `length` tokens: random words, or digits if the tokenizer
+    has no words. Raises ValueError if it does not find enough."""
     draw, texts = random.Random(seed), []
     words = [text for token in range(len(tokenizer))
              if (text := tokenizer.decode([token]))[:1] == " "
@@ -264,15 +265,15 @@ SHAPES = {   # Qwen3-1.7B and Qwen3-8B
 
 
 def count_parameters(c: ModelConfig) -> tuple[int, int]:
-    """(parameters in the blocks, parameters elsewhere), for families without biases."""
+    """Returns (parameters in the blocks, parameters elsewhere), for families without biases."""
     return (c.num_layers * (block_weights(c) + 2 * c.hidden_size + 2 * c.head_dim * c.qk_norm),
             c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2))
 
 
 def communication(blocks: int, rest: int, processes: int, shard_size: int, micro_batches: int = 1,
                   reference: bool = False, compute_bytes: int = 2) -> dict[str, float]:
-    """Bytes that a GPU receives in each part of a step by ring algorithms. The model has `blocks`
-    parameters in its blocks and `rest` parameters elsewhere.
+    """Returns the bytes that a GPU receives in each part of a step with ring algorithms. The model
+    has `blocks` parameters in its blocks and `rest` parameters elsewhere.
 
     Embeddings, head and last norm stay gathered from the forward to the backward pass."""
     part, replicas, count = (shard_size - 1) / shard_size, processes // shard_size, blocks + rest

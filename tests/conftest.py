@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-# This stands before the import of torch. With one thread here and in every process that a test
-# starts, sums round alike in all of them; models this small gain nothing from more threads.
+# Torch reads this when it is imported. With one thread here and in every process that a test
+# starts, sums round alike in all of them. Models this small gain nothing from more threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 # A shell that starts the tests in the background makes them and their child processes ignore
 # Ctrl-C; this undoes it.

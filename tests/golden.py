@@ -4,11 +4,12 @@
     python tests/golden.py after.json --against before.json
     python tests/golden.py now.json --only luffy eval   # cases whose names have one of these words
 
-Each case runs train.py or eval.py with fixed seeds on the CPU, one thread a process. It records
-metrics.jsonl without the fields that depend on the clock, samples.jsonl, a hash of the final
-weights, the samples of an evaluation and its table. --against lists every difference, to the last
-bit, and exits with status 1 if there is one. Another machine or PyTorch release rounds otherwise,
-so both recordings must come from the same one. --root records another checkout.
+Each case runs train.py or eval.py with fixed seeds on the CPU, in processes of one thread. The
+script records metrics.jsonl without the fields that depend on the clock, samples.jsonl, a hash of
+the final weights, the samples of an evaluation and its table. --against compares to the last bit,
+lists the first difference in each part and exits with status 1 if there is one. Another machine or
+PyTorch release rounds differently, so both recordings must come from the same one. --root records
+another checkout.
 """
 
 import argparse
@@ -28,8 +29,8 @@ CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds",
          "tokens_per_second", "prefill_seconds", "decode_seconds"}
 BASE = ("--batch-size 4 --n-on 4 --eval-problems 16 --steps 3 --eval-every 2 --checkpoint-every 2 "
         "--kl-coef 0.01 --device cpu")
-# A second mini-batch, a high learning rate and wrong off-policy responses: ratios leave 1, so
-# that each option of the objective makes a difference.
+# With a second mini-batch, a high learning rate and wrong off-policy responses, ratios differ from
+# 1, so each option of the objective changes the result.
 OBJECTIVE = ("--method icpo-rs --mini-batch-size 2 --learning-rate 1e-3 --errs false "
              "--max-new-tokens 30")
 REWARD = '''
@@ -66,7 +67,7 @@ TRAINING = {   # name: (options, processes)
         "--errs true --delta 0", "--alpha 2", "--bonus-decay cosine", "--bonus-decay exponential",
         "--bonus-steps 9")},
 }
-RESUMED = {"resumed": 1, "resumed on 2": 2}   # two steps, then two more
+RESUMED = {"resumed": 1, "resumed on 2": 2}   # name: processes; a run of 2 steps goes on to step 4
 EVALUATION = {   # name: (options, processes)
     "eval": ("--shots 0 1 2 --samples 2 --limit 30", 1),
     "eval on 2": ("--shots 0 1 --limit 30 --k 1", 2),

@@ -1,7 +1,7 @@
 """Runs the project's scripts in processes that have imported torch and transformers already.
 
-Most of a short run's time is those imports. A server process makes them once, and each run is a
-fork of it. What a script sees is what `python script arguments` or torchrun would give it.
+Those imports take most of the time of a short run. A server process makes them once, and each run
+is a fork of it. A script sees what it would see under `python script arguments` or torchrun.
 """
 
 import multiprocessing
@@ -36,9 +36,9 @@ def _serve(root: str, script: str, arguments: list[str], environment: dict[str, 
 
 def run(script: str, *arguments, processes: int = 1, check: bool = True, cwd: Path | str = ".",
         root: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs a script of the checkout `root` in so many processes and returns what they print.
+    """Runs a script of the checkout `root` in `processes` processes and returns what they print.
 
-    When one fails, the others are ended. Raises CalledProcessError if check and one fails.
+    If one fails, it ends the others, and raises CalledProcessError if `check` is set.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -15,9 +15,10 @@ import curves
 import pilot
 import train
 from data import Demonstrations, PromptBuilder, load_problems
-from eval import evaluate, interval, load_any_model, prepare, summarise
+from eval import evaluate, interval, summarise
 from model_utils import load_model
 from options import EvaluationOptions
+from prepare import load_any_model, prepare_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -42,15 +43,15 @@ def test_a_summary_equals_one_computed_by_hand():
     summary = summarise(records, samples=4, ks=[1, 2, 4])
     # 2, 3 and 0 of 4 responses are right, so two drawn ones are both wrong with probability
     # 2/4 * 1/3, 0 and 1. 7 and 7.0 are one answer, which is as common as 5 and comes before it. The
-    # problem means 1/2, 3/4 and 0 vary like those of 5/12 * 7/12 / (0.145833/3) = 5 independent
-    # trials, so Wilson's interval is that of 5 trials.
+    # problems' means 1/2, 3/4 and 0 have variance 0.145833, so their mean varies like that of
+    # 5/12 * 7/12 / (0.145833/3) = 5 independent trials, and Wilson's interval is that of 5 trials.
     assert summary == pytest.approx({
         "problems": 3, "accuracy": 5 / 12, "low": 0.12589, "high": 0.77985, "pass@1": 5 / 12,
         "pass@2": (5 / 6 + 1 + 0) / 3, "pass@4": 2 / 3, "majority": 2 / 3, "tokens": 130 / 12,
         "truncated": 1 / 12}, rel=1e-4)
 
 
-# Scores from 0 to 1 have Wilson's interval, others the normal one.
+# Scores from 0 to 1 get Wilson's interval, and other scores get the normal interval.
 @pytest.mark.parametrize("means, low, high", [
     ([0.0] * 10, 0.0, 0.2775), ([1.0] * 10, 0.7225, 1.0), ([3.0, 5.0], 4 - 1.96, 4 + 1.96),
     ([0.5], 0.0546, 0.9454)])
@@ -59,7 +60,7 @@ def test_the_interval_is_wilsons_or_the_normal_one(means, low, high):
 
 
 def test_an_interval_holds_its_mean():
-    """Rounding does not put the mean outside: matplotlib refuses negative error bars."""
+    """Rounding must not put the mean outside, because matplotlib refuses negative error bars."""
     for n in range(1, 300):
         for mean in (0.0, 1.0):
             low, high = interval([mean] * n)
@@ -78,7 +79,7 @@ def test_the_earlier_of_two_equally_common_answers_is_the_majority():
 
 
 def test_demonstrations_help_the_embedded_model(embedded):
-    """Without an example the model mostly answers at once and wrongly; with one it works the
+    """Without a demonstration the model mostly answers at once, and wrongly; with one it works the
     problem out and is mostly right."""
     model, builder, problems = embedded
     assert sum(p.numel() for p in model.parameters()) <= 3e6
@@ -115,7 +116,7 @@ def test_an_evaluation_depends_only_on_seed_and_problem(embedded):
          "over 5 tokens; raise --max-prompt-length")])
 def test_invalid_options_are_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        prepare(EvaluationOptions(**change))
+        prepare_evaluation(EvaluationOptions(**change))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

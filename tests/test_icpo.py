@@ -233,7 +233,7 @@ def test_icpo_loss_matches_hand_calculation():
     assert unshaped.item() == pytest.approx(-(1.2 + 0.5 + 1.0) / 3)
     one = icpo_loss(*two_rows(), off_policy_denominator="one", shaping_lambda=0.1, normalizer=10)[0]
     assert one.item() == pytest.approx(-(1.2 + 0.5 + 2 * 0.25 / 0.35) / 10)
-    # In the KL term, x = log(ref/π) is log 2 at the first token and 0 at the others.
+    # In the KL term, x = log(ref/π) is log 2 at the first token and 0 at the other two that count.
     logprobs, *rest = two_rows()
     ref = logprobs + tensor([[math.log(2), 0.0], [0.0, 5.0]])
     with_kl, metrics = icpo_loss(logprobs, *rest, ref_logprobs=ref, kl_coef=0.5)

@@ -37,7 +37,7 @@ from model_utils import (
 from rollout import generate
 
 V, STOP = 100, 3
-# The original length is short, so that each of the three bands has a frequency.
+# The original length is so short that some frequencies are divided, some kept and some blended.
 LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 

@@ -1,5 +1,5 @@
-"""The README: its worked example computed by icpo.py, its length, the functions that it names.
-All pages: their links."""
+"""Checks the README's worked example with icpo.py, its length and the functions that it names, and
+the links of all pages."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ ROW = re.compile(r"^(on-policy \d|off-policy) +(\d) +(?:leaves|\S+ +(\S+) +\S+ +
 
 
 def section(heading: str) -> str:
-    """Text of the README from this heading to the next one."""
+    """Returns the text of the README from this heading to the next one."""
     return re.split(r"^#+ ", README.partition(f" {heading}\n")[2], maxsplit=1, flags=re.M)[0]
 
 
@@ -37,7 +37,7 @@ def default(function, name: str):
 
 
 def compute(block: str) -> str:
-    """The block of the worked example, computed from the rewards and probabilities in it.
+    """Computes the block of the worked example from the rewards and probabilities in it.
 
     Consecutive rows of the same name are tokens of one response."""
     responses = [list(rows) for _, rows in groupby(ROW.findall(block), key=lambda row: row[0])]
@@ -46,7 +46,7 @@ def compute(block: str) -> str:
     off_policy = torch.tensor([rows[0][0] == "off-policy" for rows in responses])
     names = ["off-policy" if off_policy[i] else f"on-policy {i + 1}" for i in range(B)]
     group = torch.zeros(B, dtype=torch.long)
-    # "leaves" says which on-policy response is drawn; its token must not count in the loss.
+    # The response marked "leaves" gets the lowest priority, so it is the one that is replaced.
     priority = torch.tensor([float(rows[0][2] != "") for rows in responses])
     p, p_old = torch.ones(2, B, T, dtype=torch.float64)
     mask = torch.zeros(B, T)
@@ -76,11 +76,11 @@ def compute(block: str) -> str:
                      f"{logprobs[i, t]:>9.3f}{p_old[i, t]:>7.3f}{old_logprobs[i, t]:>13.3f}"
                      f"{ratio[i, t]:>7.3f}{f:>7}{objective[i, t]:>7.2f}\n")
             terms.append(objective[i, t])
-    on, off, gone = 0, off_policy.int().argmax(), keep.int().argmin()   # the rows that lines name
+    on, off, gone = 0, off_policy.int().argmax(), keep.int().argmin()   # rows of the text below
     A, r, f = advantages, ratio, shaped
     delta, eps = default(expert_region, "delta"), default(group_advantages, "eps")
     low = 1 - default(clip, "clip_low")
-    assert accepted[off] and low * A[on] < r[on, 0] * A[on]   # "accepted", "the clip binds"
+    assert accepted[off] and low * A[on] < r[on, 0] * A[on]   # as the text below says
     total = f"{terms[0]:.2f}" + "".join(f" {'-' if t < 0 else '+'} {abs(t):.2f}" for t in terms[1:])
     return text + f"""
 (ERRS)   {rewards[off]:.0f} ≥ δ = {delta:g}: accepted; it replaces {names[gone]}, drawn at random
@@ -119,7 +119,7 @@ def test_the_equation_table_has_the_functions_of_icpo():
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives to the headings of a page."""
+    """Returns the names that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -134,3 +134,10 @@ def test_links_point_at_what_exists(page):
         file = page.parent / path if path else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def test_the_procedure_shows_the_lines_of_train_step():
+    lines = re.findall(r"`(\w+ = [^`]+)`", section("The method"))
+    assert len(lines) == 5
+    source = (ROOT / "train.py").read_text().partition("def train_step")[2].partition("\ndef ")[0]
+    assert all(line in source for line in lines)

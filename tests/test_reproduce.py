@@ -73,8 +73,8 @@ def test_each_seed_has_its_own_clock_if_the_name_has_a_dot(tmp_path):
 
 
 def report_of(tmp_path, seeds):
-    """Reports made-up results of `seeds` seeds of two systems, of which the last run is missing;
-    returns the text of the report."""
+    """Makes a report on made-up results of two systems with `seeds` seeds each, the last run
+    missing, and returns its text."""
     folder = tmp_path / "rare"
     (folder / "runs").mkdir(parents=True)
     (folder / "make.log").write_text("0 shots: 14.5% right, 0.0% worked out\n")

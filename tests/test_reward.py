@@ -184,7 +184,7 @@ def test_units_do_not_matter_and_numbers_do(a, b, unit):
 
 @pytest.fixture
 def fresh():
-    """Stops all workers before and after the test and checks that none is left."""
+    """Stops all workers before and after the test and checks that none remains."""
     verify._stop_workers()
     yield
     verify._stop_workers()
@@ -317,7 +317,7 @@ HOSTILE = [
 
 
 def test_hostile_responses_score_zero_in_bounded_time_and_memory(fresh):
-    """A second pass over the same responses must not increase this process's memory by 20 MB."""
+    """A second pass over the same responses must add less than 20 MB to this process's memory."""
     counts, memory = Counter(), []
     for _ in range(2):
         start = time.monotonic()

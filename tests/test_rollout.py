@@ -393,7 +393,7 @@ def test_replayed_steps_sample_the_same_tokens(slots, check_every, model, monkey
 @pytest.mark.parametrize("seed", range(12))
 def test_any_mixture_equals_each_prompt_alone(seed, model, monkeypatch):
     """The prompts overlap in many ways, and several rollouts share one sampler. All sizes are
-    small, so that these cases meet."""
+    small, so that many cases occur together."""
     draw = random.Random(seed)
     monkeypatch.setattr(rollout, "SHARE_AT_LEAST", draw.choice([1, 2, 5]))
     monkeypatch.setattr(rollout, "PREFILL_POSITIONS", draw.choice([1, 20, 4096]))
@@ -498,7 +498,7 @@ def test_buckets_are_at_most_half_too_large():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_spread_balances_the_total_lengths(processes):
+def test_share_out_balances_the_total_lengths(processes):
     lengths = [4000, 10, 12, 900, 11, 3000, 10, 700, 13, 2500, 60, 500]
     shares = share_out(lengths, processes)
     assert sorted(itertools.chain(*shares)) == list(range(12))

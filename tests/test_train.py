@@ -55,7 +55,7 @@ def weights_of(folder):
 
 
 def torchrun(*arguments, processes=1):
-    """The real torchrun, for what it adds: one message for all processes, restarts."""
+    """Returns a command for the real torchrun, for tests of its restarts and of what it prints."""
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
             "--master-port", str(random.randint(20000, 60000)), *map(str, arguments)]
 
@@ -358,8 +358,8 @@ def test_rounding_at_random_keeps_the_mean():
 
 
 def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
-    """A single process joins the process group that FSDP's mixed precision needs only once it
-    knows the settings of the run."""
+    """FSDP's mixed precision needs a process group even in a single process, which makes one after
+    it has read the settings of the run."""
     run_script("train.py", *SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
@@ -445,7 +445,7 @@ def test_each_mini_batch_is_updated_with_its_own_questions(tmp_path, monkeypatch
         set(batch.group.tolist())) or update(run, batch))
     metrics, _ = trainer.train_step(run, 0, lambda phase: None)
     assert seen == [{0, 1}, {2, 3}]
-    # The second update sees other weights than those that sampled; the gap is that of the first.
+    # The gap is that of the first update; the second one sees other weights than the sampler did.
     assert metrics["logprob_gap"] < 1e-4
 
 

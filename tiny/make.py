@@ -6,16 +6,16 @@
                             # the same, in one or two minutes
     python tiny/make.py --output-dir sums --only-problems       # only problems, for your own model
 
-ICPO needs a model that can do more with a worked example in its context than without one. This
+ICPO needs a model that can do more with a demonstration in its context than without one. This
 script trains a small model with this property. A problem is a sum of 5 to 8 one-digit numbers; a
 worked solution writes the running sums. A training document is either
 - one problem with an immediate answer, right with probability `quick_right` and otherwise off by up
-  to 4; a share `worked_share` of these problems has a worked answer instead, and a share
-  `continued_share` has a worked answer whose loss starts after its opening; or
-- one or two examples and a problem, all with immediate answers or all with worked ones.
-Only the last answer has a loss. So the model knows how to work a sum out and does so after an
-example that does, but almost never when it is asked plainly; `worked_share` sets how rarely. With
-`slips` the model also makes mistakes in running sums, so that some worked answers are wrong.
+  to 4; a share `continued_share` of these problems has a worked answer whose loss starts after its
+  opening, and a share `worked_share` of the others has a worked answer; or
+- one or two demonstrations and a problem, all with immediate answers or all with worked ones.
+Only the last answer has a loss. So the model knows how to work a sum out. It does so after a
+demonstration that does, but almost never when it is asked plainly; `worked_share` sets how rarely.
+With `slips` the model also makes mistakes in running sums, so that some worked answers are wrong.
 """
 
 import argparse
@@ -45,8 +45,8 @@ CHAT_TEMPLATE = ("{% for message in messages %}"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each printable ASCII character and for each fixed piece of the
-    prompts, so that prompts stay short."""
+    """Returns a tokenizer with one token for each printable ASCII character and for each fixed
+    piece of the prompts, so that prompts stay short."""
     special = ["<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
     pieces = [" " + INSTRUCTION, "Question: ", "Answer:", DEMO_SEPARATOR, "\\boxed{", OPENING]
     characters = ["\n"] + [chr(c) for c in range(32, 127)]
@@ -69,7 +69,7 @@ def make_problem(rng: random.Random, lengths: tuple[int, int], largest: int = 9,
 
 
 def work_out(numbers: list[int], solution: str = SOLUTION, slip=lambda: 0) -> str:
-    """The worked solution; adds `slip()` to every running sum."""
+    """Returns the worked solution; adds `slip()` to every running sum."""
     worked, total = str(numbers[0]), numbers[0]
     for number in numbers[1:]:
         total += number + slip()
@@ -79,8 +79,8 @@ def work_out(numbers: list[int], solution: str = SOLUTION, slip=lambda: 0) -> st
 
 def make_problems(rng: random.Random, count: int, lengths: tuple[int, int], taken: set[str],
                   **form) -> list[Problem]:
-    """`count` different problems, none of them in `taken`; adds them to `taken`. `form` goes to
-    make_problem."""
+    """Returns `count` different problems, none of them in `taken`, and adds them to `taken`. `form`
+    goes to make_problem."""
     problems = []
     while len(problems) < count:
         problem = make_problem(rng, lengths, **form)
@@ -96,8 +96,8 @@ def quick_answer(problem: Problem, rng: random.Random, right: float) -> str:
 
 
 def worked_answer(problem: Problem, rng: random.Random, slips: float) -> str:
-    """The solution with a share `slips` of wrong running sums; each adds an error of 1, which the
-    following sums keep."""
+    """Returns the solution with a share `slips` of wrong running sums; each adds an error of 1,
+    which the following sums keep."""
     if not slips:
         return problem.solution or ""
     return work_out(list(map(int, problem.problem.split("+"))),
@@ -106,7 +106,7 @@ def worked_answer(problem: Problem, rng: random.Random, slips: float) -> str:
 
 def make_document(rng: random.Random, builder: PromptBuilder, settings, lengths,
                   taken) -> tuple[list[int], int]:
-    """(token ids of a training document, position at which its loss starts)"""
+    """Returns (token ids of a training document, position at which its loss starts)."""
     count = rng.choices((0, 1, 2), weights=(0.45, 0.45, 0.10))[0]
     continued = count == 0 and rng.random() < settings.continued_share
     worked = continued or rng.random() < (0.5 if count else settings.worked_share)
@@ -133,7 +133,7 @@ def train(model: Transformer, builder: PromptBuilder, settings, lengths, taken) 
     for _ in bar:
         documents = [make_document(rng, builder, settings, lengths, taken)
                      for _ in range(settings.batch_size)]
-        # Documents with and without examples differ much in length. Two parts avoid most padding.
+        # Documents with demonstrations are much longer. Two parts avoid most padding.
         documents.sort(key=lambda document: len(document[0]))
         answer_tokens = sum(len(ids) - start for ids, start in documents)
         total = 0.0
@@ -156,7 +156,7 @@ def train(model: Transformer, builder: PromptBuilder, settings, lengths, taken) 
 
 def accuracy(model: Transformer, builder: PromptBuilder, problems, demonstrations,
              shots: int) -> tuple[float, float]:
-    """(share of right answers, share of worked answers) at temperature 1."""
+    """Returns (share of right answers, share of worked answers) at temperature 1."""
     rng = random.Random(shots)
     prompts = [builder.demo_prefixed(p, rng.sample(demonstrations, shots)) for p in problems]
     done = generate(model, prompts, max_new_tokens=64, stop_ids=[builder.tokenizer.eos_token_id])
@@ -186,10 +186,10 @@ def main() -> None:
     add("--batch-size", type=int, default=64, help="documents in a step")
     add("--learning-rate", type=float, default=1.5e-3, help="peak of the one-cycle schedule")
     add("--worked-share", type=float, default=0.01,
-        help="share of worked answers in documents without examples")
+        help="share of worked answers in documents without demonstrations")
     add("--continued-share", type=float, default=0.2,
-        help="share of documents without examples that are worked out and have no loss on the "
-             "opening")
+        help="share of documents without demonstrations that are worked out and have no loss on "
+             "the opening; --worked-share is a share of the others")
     add("--quick-right", type=float, default=0.2, help="share of immediate answers that are right")
     add("--slips", type=float, default=0.0, help="share of wrong running sums in worked answers")
     add("--terms", type=int, nargs=2, default=(5, 8), help="fewest and most numbers in a sum")

@@ -1,0 +1,82 @@
+"""Checks which file imports which, the length of the method, and the names that others call."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+READING_ORDER = ["icpo", "data", "rollout", "reward", "model_utils", "train", "eval"]
+CELLAR = ["options", "runs", "distributed", "machine", "verify", "report", "pilot", "curves"]
+# A file of the method may also import these: model_utils.py and eval.py, which come later in the
+# reading order, and prepare.py, which builds runs and evaluations from the files of the method.
+FORWARD = {("rollout", "model_utils"), ("train", "eval"), ("train", "prepare"), ("eval", "prepare")}
+
+
+def imports_of(module: str) -> set[str]:
+    """Returns the project's modules that a module imports, without those only annotations need."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {each.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+              for each in node.names}
+    return {name for name in names if name and (ROOT / f"{name}.py").is_file()}
+
+
+def test_every_file_stands_on_a_floor():
+    files = {file.stem for file in ROOT.glob("*.py")}
+    assert files == {*READING_ORDER, *CELLAR, "prepare"}
+
+
+@pytest.mark.parametrize("module", READING_ORDER)
+def test_the_upper_floor_imports_what_was_read_before_or_the_cellar(module):
+    before = READING_ORDER[:READING_ORDER.index(module)]
+    allowed = {*before, *CELLAR} | {taken for taker, taken in FORWARD if taker == module}
+    assert imports_of(module) <= allowed
+
+
+@pytest.mark.parametrize("module", CELLAR)
+def test_the_cellar_imports_only_the_cellar(module):
+    assert imports_of(module) <= set(CELLAR)
+
+
+def test_icpo_works_alone_with_torch(tmp_path):
+    (tmp_path / "icpo.py").write_text((ROOT / "icpo.py").read_text())
+    code = ("import sys, icpo; print({name.split('.')[0] for name in sys.modules} & "
+            "{'transformers', 'options', 'distributed'})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_method_stays_under_640_lines():
+    lines = sum(len((ROOT / name).read_text().splitlines()) for name in ("icpo.py", "train.py"))
+    assert lines <= 640
+
+
+@pytest.mark.parametrize("module, name, parameters", [
+    ("icpo", "annealed_bonus", "step total_steps alpha=1.0"),
+    ("icpo", "expert_region", "rewards off_policy delta=1.0 strict=False"),
+    ("icpo", "group_advantages", "rewards group keep=None eps=1e-06"),
+    ("icpo", "policy_shaping", "ratio lam=0.01"),
+    ("icpo", "icpo_loss", "logprobs old_logprobs advantages mask off_policy clip_low=0.2 "
+     "clip_high=0.2 shaping_lambda=0.01 off_policy_denominator='behaviour' normalizer=None "
+     "dual_clip=None ref_logprobs=None kl_coef=0.0"),
+    ("model_utils", "load_model", "path device='cpu' dtype=torch.float32"),
+    ("model_utils", "save_model", "model tokenizer path"),
+    ("model_utils", "token_logprobs", "model tokens"),
+    ("rollout", "generate", "model prompts n=1 max_new_tokens temperature=1.0 top_p=1.0 top_k=0 "
+     "stop_ids=() seed=0"),
+    ("reward", "score", "responses answers timeout=5.0 workers=None"),
+])
+def test_outside_code_finds_names_and_parameters(module, name, parameters):
+    """More parameters may follow these."""
+    signature = inspect.signature(getattr(__import__(module), name))
+    found = [each.name if each.default is each.empty else f"{each.name}={each.default!r}"
+             for each in signature.parameters.values()]
+    assert found[:len(parameters.split())] == parameters.split()

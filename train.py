@@ -298,7 +298,7 @@ def held_out_accuracy(run: Run) -> float:
 
 
 def train(run: Run) -> None:
-    """Makes all steps from run.start on, or until a signal. Raises what messages_on_exit explains."""
+    """Makes all steps from run.start on, or until a signal. Errors: see messages_on_exit."""
     o, skipped, accuracies = run.options, 0, report.read_accuracies(run.folder)
     with (runs.stop_on_signal() as stop, tqdm(total=o.steps, initial=run.start, unit="step",
                                               desc=o.method, disable=not is_main()) as bar):

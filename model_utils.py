@@ -504,7 +504,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]],
     return Packing(tensor([tokens]), tensor([positions]), [tensor(bucket) for bucket in buckets],
                    tensor(sources), tensor(predicting),
                    tensor([token for response in responses for token in response]),
-                   torch.arange(int(lengths.max()), device=device) < lengths[:, None],
+                   torch.arange(max(map(len, responses)), device=device) < lengths[:, None],
                    cells - sum(map(len, rows)), sum(map(len, rows)) - len(tokens))
 
 

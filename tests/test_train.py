@@ -16,6 +16,7 @@ from statistics import fmean, pstdev, stdev
 import psutil
 import pytest
 import torch
+from golden import CLOCK
 from processes import run as run_script
 from safetensors.torch import load_file
 
@@ -30,9 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4",
          "--eval-every", "2", "--checkpoint-every", "2", "--kl-coef", "0.01"]
-# These metrics depend on the clock, so they differ between runs with the same seed.
-CLOCK = {"step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "tokens_per_second",
-         "prefill_seconds", "decode_seconds"}
 
 
 def prepare(folder, *more):
@@ -645,10 +643,7 @@ COUNT_BYTES = """
 import json, sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
-import icpo
-import runs
 import train as trainer
-from distributed import AdamW, micro_batches, round_at_random
 received = {{"gathered": 0, "reduced": 0}}
 
 def count(kind, collective):

@@ -250,13 +250,18 @@ def keep_askable(problems: list[Problem], name: str, builder: PromptBuilder, lim
 
     They are admitted to the pools. Arguments and errors: see `keep`.
     """
-    remedy = ("; raise --max-prompt-length, or lower --max-new-tokens or the number of "
-              "demonstrations")
     problems = keep(problems, name, f"with a prompt over {limit} tokens",
-                    lambda p: len(builder.plain(p)) <= limit, left_out, remedy)
+                    lambda p: len(builder.plain(p)) <= limit, left_out,
+                    "; raise --max-prompt-length or, in eval.py, lower --max-new-tokens")
     for pool in pools:
-        admitted = {id(p) for p in pool.admit(problems)}
-        problems = keep(problems, name, f"that leave no room for {pool.k} demonstrations in "
-                        f"{pool.max_prompt_length} tokens",
-                        lambda p, admitted=admitted: id(p) in admitted, left_out, remedy)
+        problems = keep_admitted(problems, name, pool, left_out)
     return problems
+
+
+def keep_admitted(problems: list[Problem], name: str, pool: Demonstrations,
+                  left_out: list[str]) -> list[Problem]:
+    """Admits the problems to the pool; returns those for which k demonstrations fit. See `keep`."""
+    admitted = {id(p) for p in pool.admit(problems)}
+    return keep(problems, name, f"that leave no room for {pool.k} demonstrations in "
+                f"{pool.max_prompt_length} tokens", lambda p: id(p) in admitted, left_out,
+                "; raise --max-prompt-length, or lower --num-demonstrations (in eval.py --shots)")

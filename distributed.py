@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -114,7 +115,7 @@ class Totals:
 
     def add(self, **values: float) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.sums[name] = self.sums.get(name, 0) + value   # whole numbers stay whole
 
     def maximum(self, **values: float) -> None:
         for name, value in values.items():
@@ -208,8 +209,10 @@ def gather_model(model: "Transformer", dtype: torch.dtype) -> "Transformer":
     """
     if model.dtype == dtype and not is_sharded(model.model.embed_tokens.weight):
         return model
+    # FSDP has made the model's class a subclass of its own.
+    plain = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     with torch.device("meta"):
-        whole = type(model)(model.config)
+        whole = plain(model.config)
     whole.load_state_dict(   # cast before gathering: less travels
         {name: full_tensor(parameter.detach().to(dtype))
          for name, parameter in model.named_parameters()}, assign=True)

@@ -233,7 +233,7 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     logprobs = logprobs.to(dtype).where(counts, 0.0)
     old_logprobs = old_logprobs.detach().to(dtype).where(counts, 0.0)
     mask = mask.to(dtype)
-    Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer).to(mask)
+    Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, dtype=dtype).to(mask)
     Z = Z.where(Z > 0, 1.0)
 
     ratio = importance_ratio(logprobs, old_logprobs, off_policy, off_policy_denominator,

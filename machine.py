@@ -40,13 +40,13 @@ def merged_products(model: "Transformer"):
                        (a.o_proj, "forward", (a.o_proj,)),
                        (m, "gate_and_up", (m.gate_proj, m.up_proj)),
                        (m.down_proj, "forward", (m.down_proj,))]
-        if model.config.tie_embeddings:   # the head's weights are the embeddings: they stay
-            model.logits = _product(model.head.detach(), None)
-        else:
+        if not model.config.tie_embeddings:
             groups.append((model, "logits", (model.lm_head,)))
     moved = []
     try:
         with torch.inference_mode(False), torch.no_grad():
+            if groups and model.config.tie_embeddings:   # the head is the embeddings, which stay
+                model.logits = _product(model.head.detach(), None)
             for owner, method, layers in groups:
                 weight, bias = layers[0].weight.detach(), layers[0].bias
                 if len(layers) > 1:
@@ -63,12 +63,12 @@ def merged_products(model: "Transformer"):
         with torch.inference_mode(False), torch.no_grad():
             while moved:   # one by one, so that each old tensor is freed when the new one is there
                 owner, method, layers, weight = moved.pop()
-                delattr(owner, method)
+                vars(owner).pop(method, None)   # an interrupt may have come before it was set
                 weight = weight.to_dense() if weight.is_mkldnn else weight
                 for layer, part in zip(layers, weight.split([each.out_features for each in layers]),
                                        strict=True):
                     layer.weight.data = part if part.shape == weight.shape else part.clone()
-        model.__dict__.pop("logits", None)
+        vars(model).pop("logits", None)
 
 
 def _product(weight, bias, layers: tuple[nn.Linear, ...] = ()) -> Callable:

@@ -117,8 +117,9 @@ class ModelConfig:
 # model each; `attend` takes q [B, H, T, E], k and v [B, K, T, E] and returns [B, T, H, E].
 
 def _causal(q, k, v) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                          enable_gqa=k.shape[1] < q.shape[1])
+    # The branch keeps the flag a constant under torch.compile, where a comparison is symbolic.
+    grouped = True if k.shape[1] < q.shape[1] else False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 class WholeSequences:

@@ -77,10 +77,12 @@ class OptionParser(argparse.ArgumentParser):
                                    action="store_false", help=argparse.SUPPRESS)
 
     def parse(self, arguments: Sequence[str]) -> Any:
-        names = (argument.partition("=") for argument in arguments)
-        found, rest = self.parse_known_args([
-            (name.replace("_", "-") if name.startswith("--") else name) + equals + value
-            for name, equals, value in names])
+        def with_dashes(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            dashes = name.replace("_", "-")
+            return dashes + equals + value if dashes in self._option_string_actions else argument
+
+        found, rest = self.parse_known_args(list(map(with_dashes, arguments)))
         if rest:
             self.error(f"unknown option {rest[0]}{did_you_mean(rest[0], self.options, '--')}")
         return self.options(**vars(found))
@@ -183,7 +185,7 @@ class SharedOptions:
         "<answer> tags")
     verify_timeout: Positive = _run(
         5.0, "seconds after which the comparison of two answers counts as wrong")
-    seed: int = _run(0, "of the order of questions, demonstrations and sampling")
+    seed: int = _run(0, "of every random choice: questions, demonstrations, sampling")
     dtype: DType = _run("float32", "to compute in")
     device: str = _run("auto", "auto (a GPU if there is one), cpu or cuda", free=True)
 

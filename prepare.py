@@ -18,6 +18,7 @@ from data import (
     Problem,
     PromptBuilder,
     keep,
+    keep_admitted,
     keep_askable,
     load_problems,
     normalise,
@@ -194,8 +195,7 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
                         lambda p: len(builder.expert_response(p)) <= o.max_new_tokens, left_out)
     elif o.off_policy == "demonstrations":
         demonstrations = load_demonstrations(o, builder, o.num_demonstrations, o.max_prompt_length)
-        problems = keep_askable(problems, "training problems", builder, o.max_prompt_length,
-                                left_out, demonstrations)
+        problems = keep_admitted(problems, "training problems", demonstrations, left_out)
         left_out += [f"left out: {count} demonstrations {reason}"
                      for reason, count in demonstrations.excluded.items() if count]
     require(len(problems) >= o.batch_size,
@@ -260,7 +260,7 @@ def _check_evaluation(o: EvaluationOptions) -> None:
     output = Path(o.output)
     require(output.suffix not in (".json", ".png"),
             f"--output is the file of the samples; the table and the picture go beside it, as "
-            f".json and .png: give {output.stem}.jsonl, not {o.output}")
+            f".json and .png: give {output.parent / output.stem}.jsonl, not {o.output}")
     for name, values in (("data", o.data), ("shots", o.shots)):
         require(len(set(values)) == len(values),
                 f"{name}: {', '.join(map(str, values))} names one twice")

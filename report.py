@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from curves import draw, read_metrics
 from distributed import Totals, barrier, gather_lists, is_main
-from runs import append_lines
+from runs import append_lines, how_to_go_on
 
 if TYPE_CHECKING:
     from prepare import Run
@@ -98,6 +98,12 @@ def read_accuracies(folder: Path) -> list[float]:
                   for name in ("eval_accuracy_before", "eval_accuracy") if name in row]
     barrier()   # every process reads the file before rank 0 adds to it
     return accuracies
+
+
+def say_stopped(run: "Run", steps: int) -> None:
+    if is_main():
+        print(f"stopped after step {steps} of {run.options.steps}; go on with: "
+              f"{how_to_go_on(run.folder)}")
 
 
 def say_results(run: "Run", accuracies: list[float]) -> None:

@@ -190,7 +190,8 @@ def own_scores(reward: Callable, responses: list[str], problems: list) -> list[f
     code = getattr(reward, "__code__", None)
     name = repr(reward)
     if code:
-        name = f"{code.co_filename}, line {code.co_firstlineno}, {code.co_name}"
+        function = getattr(reward, "__name__", code.co_name)
+        name = f"{code.co_filename}, line {code.co_firstlineno}, {function}"
     try:
         scores = list(reward(responses, problems))
     except Exception as error:

@@ -334,11 +334,12 @@ def train(run: Run) -> None:
             bar.update()
             if stopped and not last:
                 say("stopped")
-                if is_main():
-                    print(f"stopped after step {step + 1} of {o.steps}; go on with: "
-                          f"{runs.how_to_go_on(run.folder)}")
-                return
-        say("done")
+                break
+        else:
+            stopped = False
+            say("done")
+    if stopped:
+        return report.say_stopped(run, step + 1)
     final = run.folder / "final"
     runs.remove(final)   # a shorter run that --resume --steps made longer has left one
     save_model(run.model, run.builder.tokenizer, final)

@@ -117,7 +117,7 @@ def differences(before, after, where: str):
             if found:
                 yield from found
                 return
-    elif before != after:
+    elif before != after or type(before) is not type(after):
         yield f"{where}: {str(before)[:200]} became {str(after)[:200]}"
 
 

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import machine
 from distributed import gather_model, wrap_blocks
 from machine import merged_products
 from model_utils import (
@@ -518,6 +519,27 @@ def test_reordered_weights_compute_the_same_and_are_restored(tied, inference):
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before))
     model(tokens).logsumexp(-1).sum().backward()
     assert all(parameter.grad.norm() > 0 for parameter in parameters)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or platform.machine() != "x86_64",
+                    reason="needs oneDNN on x86")
+@pytest.mark.parametrize("call", range(6))
+def test_an_interrupt_while_products_are_merged_loses_no_weights(call, monkeypatch):
+    model, calls, product = make_model(vocab=1000, num_hidden_layers=1), [], machine._product
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) > call:
+            raise KeyboardInterrupt
+        return product(*arguments)
+
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    monkeypatch.setattr(machine, "_product", interrupted)
+    with pytest.raises(KeyboardInterrupt), merged_products(model):
+        raise KeyboardInterrupt
+    assert all(map(torch.equal, model.parameters(), before))
+    assert not {"project", "gate_and_up", "forward", "logits"} & {
+        name for module in model.modules() for name in vars(module)}
 
 
 @pytest.mark.parametrize("span", [None, 9])

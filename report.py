@@ -82,7 +82,8 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
     skipped = gather_lists([
         vars(r) | {"question": r.question.index, "prompt": r.question.prompt, "reward": reward,
                    "accepted": accepted, "keep": keep, "advantage": advantage}
-        for r, reward, accepted, keep, advantage in batch.rows() if metrics["skipped_updates"]])
+        for r, reward, accepted, keep, advantage in batch.rows()
+    ]) if metrics["skipped_updates"] else []   # the same on every process
     if is_main():
         append_lines(run.folder / "metrics.jsonl", [metrics])
         append_lines(run.folder / "samples.jsonl", samples)

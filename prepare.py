@@ -61,10 +61,8 @@ def make_builder(o: SharedOptions, tokenizer: Any) -> PromptBuilder:
     return PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
 
 
-def load_demonstrations(o: SharedOptions, builder: PromptBuilder, k: int,
-                        max_prompt_length: int) -> Demonstrations:
-    pool = load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",))
-    return Demonstrations(pool, builder, k, max_prompt_length, o.demo_min_chars)
+def load_demonstrations(o: SharedOptions) -> list[Problem]:
+    return load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,7 +192,8 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
                         f"with an expert response over {o.max_new_tokens} tokens",
                         lambda p: len(builder.expert_response(p)) <= o.max_new_tokens, left_out)
     elif o.off_policy == "demonstrations":
-        demonstrations = load_demonstrations(o, builder, o.num_demonstrations, o.max_prompt_length)
+        demonstrations = Demonstrations(load_demonstrations(o), builder, o.num_demonstrations,
+                                        o.max_prompt_length, o.demo_min_chars)
         problems = keep_admitted(problems, "training problems", demonstrations, left_out)
         left_out += [f"left out: {count} demonstrations {reason}"
                      for reason, count in demonstrations.excluded.items() if count]
@@ -237,8 +236,9 @@ def prepare_evaluation(o: EvaluationOptions) -> tuple[Transformer, PromptBuilder
             f"a prompt: {o.model} has {positions} positions")
     room = min(o.max_prompt_length, positions - o.max_new_tokens)
     builder = make_builder(o, tokenizer)
-    pools = {shots: load_demonstrations(o, builder, shots, room)
-             for shots in sorted(set(o.shots) - {0})}
+    numbers = sorted(set(o.shots) - {0})
+    worked = load_demonstrations(o) if numbers else []
+    pools = {k: Demonstrations(worked, builder, k, room, o.demo_min_chars) for k in numbers}
     cases, left_out = [], []
     for name, problems in data.items():   # all rows of a data set are over the same problems
         kept = keep_askable(problems, f"problems of {name}", builder, room, left_out,

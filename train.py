@@ -339,11 +339,11 @@ def train(run: Run) -> None:
             stopped = False
             say("done")
     if stopped:
-        return report.say_stopped(run, step + 1)
-    final = run.folder / "final"
-    runs.remove(final)   # a shorter run that --resume --steps made longer has left one
-    save_model(run.model, run.builder.tokenizer, final)
-    report.say_results(run, accuracies)
+        report.say_stopped(run, step + 1)
+    else:
+        runs.remove(run.folder / "final")   # of a shorter run that --resume --steps made longer
+        save_model(run.model, run.builder.tokenizer, run.folder / "final")
+        report.say_results(run, accuracies)
 
 
 def main() -> None:

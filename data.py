@@ -1,16 +1,18 @@
 """Problems, demonstrations, and the two prompts: the plain question q and the demo-prefixed [D; q].
 
-A data file is JSONL, one object a line: `problem`, `answer`; `solution` in demonstrations;
-`expert_response` for LUFFY; `id` is optional.
+A data file is JSONL, one object a line: `problem`, `answer` (text, a number, or a list of either);
+`solution` in demonstrations; `expert_response` for LUFFY; `id` is optional.
 """
 
+import codecs
 import itertools
 import json
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from options import INSTRUCTION
 
@@ -24,46 +26,82 @@ class Problem:
     solution: str | None = None
     expert_response: str | None = None
     id: str = ""
+    other_answers: tuple[str, ...] = ()   # each is right, too
 
 
-def load_problems(path: str | Path, needs: tuple[str, ...] = ()) -> list[Problem]:
+class _Number(str):
+    """A number of a data file as it is written there."""
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _finite(text: str) -> _Number:
+    if not math.isfinite(float(text)):
+        _no_number(text)
+    return _Number(text)
+
+
+def load_problems(path: str | Path, needs: tuple[str, ...] = (),
+                  answer_lists: str = "any") -> list[Problem]:
     """Reads a JSONL file. `needs` names the optional fields that every line must have.
 
-    An answer or id may be a number; the default id is the file's name and the line. Raises
-    ValueError for a missing or empty file, and one that names file and line for a line that is no
-    JSON object in UTF-8, lacks a field or has an empty field or one of the wrong type.
+    answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
+    An answer or id may be a number, and stays as it is written; the default id is the file's name
+    and the line. Raises ValueError for a missing or empty file, and one that names file and line
+    for a line that is no JSON object in UTF-8, lacks a field or has an empty field or one of the
+    wrong type.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no data file at {path}")
     problems = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8"), parse_float=_finite, parse_int=_Number,
+                             parse_constant=_no_number)
         except ValueError as error:   # JSON that does not parse, or bytes that are not UTF-8
             raise ValueError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a JSON object was expected, not {type(row).__name__}")
-        fields = {}
+        fields: dict[str, Any] = {}
         for name in ("problem", "answer", "solution", "expert_response", "id"):
             value = row.get(name)
-            number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if name in ("answer", "id") and number_given:
-                value = str(value)
             if value is None and name not in ("problem", "answer", *needs):
                 continue
-            if not isinstance(value, str) or name != "id" and not value.strip():
-                raise ValueError(f"{where}: field {name!r} must be text that is not empty, "
-                                 + ("and is missing" if value is None else f"not {value!r}"))
-            fields[name] = value
+            several = name == "answer" and isinstance(value, list)
+            texts = [_text(each, name, where) for each in (value if several else [value]) or [""]]
+            if answer_lists == "all":
+                texts = ["; ".join(texts)]
+            fields[name] = texts[0]
+            if len(texts) > 1:
+                fields["other_answers"] = tuple(texts[1:])
         fields.setdefault("id", f"{path.stem}-{number}")
         problems.append(Problem(**fields))
     if not problems:
         raise ValueError(f"{path} holds no problems")
     return problems
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    """The value of a field. Raises ValueError for what is no text, or empty."""
+    if isinstance(value, _Number) and name in ("answer", "id"):
+        return str(value)
+    if not isinstance(value, str) or isinstance(value, _Number) or (
+            name != "id" and not value.strip()):
+        raise ValueError(f"{where}: field {name!r} must be text that is not empty, "
+                         + ("and is missing" if value is None else f"not {value!r}"))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: field {name!r} has a lone surrogate, "
+                         f"{value[error.start]!r}, which is no character") from None
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,6 +141,14 @@ class PromptBuilder:
         """The response that LUFFY reads from the data, ended as a sampled one ends."""
         tokens = self.tokenizer.encode(problem.expert_response, add_special_tokens=False)
         return tokens + [self.tokenizer.eos_token_id]
+
+    def response_text(self, tokens: list[int], stop_ids: Sequence[int]) -> str:
+        """What the model wrote, without the token that ended it.
+
+        Other special tokens stay, because <answer> may be one.
+        """
+        ended = bool(tokens) and tokens[-1] in (*stop_ids, self.tokenizer.eos_token_id)
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=False)
 
     def demonstration_length(self, demonstration: Problem) -> int:
         """The number of tokens that a demonstration takes."""

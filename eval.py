@@ -26,7 +26,7 @@ from distributed import gather_objects, is_main, my_share, on_main, world_size
 from model_utils import Transformer
 from options import EvaluationOptions, OptionParser
 from prepare import Case, prepare_evaluation
-from reward import RewardError, extract_answer, make_scorer, settle
+from reward import RewardError, count_votes, extract_answer, make_scorer
 from rollout import Sampler, generate
 from runs import append_lines, find_output, follow_tokens, replace_file
 
@@ -60,7 +60,7 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
         model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
         stream_ids=[first + i for i in mine], slots=slots, sampler=sampler, progress=progress)
-    texts = [builder.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+    texts = [builder.response_text(c.tokens, model.stop_ids) for c in completions]
     owners = [i for i in mine for _ in range(samples)]
     scores = []
     if texts:   # with fewer problems than processes some have none
@@ -75,38 +75,31 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
 
 
 def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
-              answer_format: str = "boxed") -> dict[str, float]:
+              answer_format: str = "boxed", timeout: float = 5.0) -> dict[str, float]:
     """Summary of `samples` consecutive records a problem.
 
     accuracy: avg@k, the mean score; low, high: its 95 % interval over problems drawn at random.
     pass@K for each of `ks`: the probability that at least one of K answers is right, unbiased (Chen
     et al., arXiv 2107.03374). majority: maj@k, the mean score of the commonest answers, of equally
-    common ones the earliest; answers that reward.settle finds equal count as one, and a response
-    without an answer has no vote. tokens: mean length. truncated: share cut off.
+    common ones the earliest; equal answers count as one, and a response without an answer has no
+    vote; see reward.count_votes, which takes the timeout. tokens: mean length. truncated: share cut
+    off.
     """
     groups = [records[i:i + samples] for i in range(0, len(records), samples)]
     low, high = interval([fmean(r["score"] for r in group) for group in groups])
     right = [sum(r["score"] > 0 for r in group) for group in groups]
     pass_at = {f"pass@{k}": fmean(1 - math.comb(samples - c, k) / math.comb(samples, k)
                                   for c in right) for k in ks}
+    answers = [[extract_answer(r["response"], answer_format) for r in group] for group in groups]
+    majority = []
+    for group, given, votes in zip(groups, answers, count_votes(answers, timeout), strict=True):
+        winner = given.index(max(votes, key=votes.__getitem__)) if votes else 0
+        majority.append(group[winner]["score"])
     return {"problems": len(groups), "accuracy": fmean(r["score"] for r in records), "low": low,
             "high": high, **pass_at,
-            "majority": fmean(_majority_score(group, answer_format) for group in groups),
+            "majority": fmean(majority),
             "tokens": fmean(r["tokens"] for r in records),
             "truncated": fmean(not r["finished"] for r in records)}
-
-
-def _majority_score(group: list[dict], answer_format: str) -> float:
-    votes = []   # [answer, score, count]
-    for r in group:
-        answer = extract_answer(r["response"], answer_format)
-        if answer is None:
-            continue
-        vote = next((v for v in votes if v[0] == answer or settle(answer, v[0])), None)
-        if vote is None:
-            votes.append(vote := [answer, r["score"], 0])
-        vote[2] += 1
-    return max(votes, key=lambda vote: vote[2])[1] if votes else group[0]["score"]
 
 
 def interval(means: list[float]) -> tuple[float, float]:
@@ -188,7 +181,8 @@ def main() -> None:
             records = found.get(case.key, [])[:len(case.problems) * o.samples]
             found[case.key] = sample_case(o, model, builder, case, records)
             rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
-                        | summarise(found[case.key], o.samples, o.k, o.answer_format))
+                        | on_main(lambda records=found[case.key]: summarise(
+                            records, o.samples, o.k, o.answer_format, o.verify_timeout)))
     except ValueError as error:
         if is_main():
             print(f"eval.py: error: {error}", file=sys.stderr)

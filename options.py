@@ -163,6 +163,8 @@ class SharedOptions:
 
     model: str = _data("tiny", "Hugging Face folder, hub name, or tiny (the embedded default)")
     demonstrations: str = _data("tiny", "JSONL file of worked problems to draw from, or tiny")
+    answer_lists: Literal["any", "all"] = _data(
+        "any", "of an answer that is a list, any is right, or only all of them together")
     instruction: str = _data(INSTRUCTION, "text that ends every question")
     chat_template: bool = _data(True, "put the tokenizer's chat template around the plain question")
     demo_chat_template: bool = _data(

@@ -3,7 +3,6 @@
 import copy
 import os
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from options import (
     require,
     resolve,
 )
-from reward import make_scorer
+from reward import Notes, make_scorer
 from rollout import Sampler, choose_slots
 from runs import (
     check_settings,
@@ -62,7 +61,8 @@ def make_builder(o: SharedOptions, tokenizer: Any) -> PromptBuilder:
 
 
 def load_demonstrations(o: SharedOptions) -> list[Problem]:
-    return load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",))
+    return load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",),
+                         o.answer_lists)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Run:
     demonstrations: Demonstrations | None
     sampler: Sampler
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
-    counts: Counter                     # its "timeouts" since the last step that was logged
+    notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
 
 
@@ -104,11 +104,11 @@ def prepare(arguments: list[str]) -> Run:
     o.output_dir = str(folder)
     return_freed_memory(device)
 
-    counts = Counter()
-    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, counts)
+    notes = Notes()
+    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, notes)
     needs = ("expert_response",) if o.off_policy == "dataset" else ()
-    problems = load_problems(embedded(o.train_data, "train.jsonl"), needs)
-    held_out = load_problems(embedded(o.test_data, "test.jsonl"))
+    problems = load_problems(embedded(o.train_data, "train.jsonl"), needs, o.answer_lists)
+    held_out = load_problems(embedded(o.test_data, "test.jsonl"), (), o.answer_lists)
     model, tokenizer = load_model(embedded(o.model, "model"), device)
     _check_model(o, model, tokenizer)
     builder = make_builder(o, tokenizer)
@@ -126,7 +126,7 @@ def prepare(arguments: list[str]) -> Run:
                       weight_decay=o.weight_decay)
     sampler = make_sampler(o, model, len(held_out), dtype)
     run = Run(o, folder, device, model, reference, optimizer, builder, problems, held_out,
-              demonstrations, sampler, scorer, counts)
+              demonstrations, sampler, scorer, notes)
     lock = on_main(lambda: lock_folder(folder))
     if lock is not None and is_main():
         weakref.finalize(run, os.close, lock)
@@ -228,7 +228,8 @@ def prepare_evaluation(o: EvaluationOptions) -> tuple[Transformer, PromptBuilder
     _check_evaluation(o)
     o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
     make_scorer(o.reward)
-    data = {name: load_problems(embedded(name, "test.jsonl"))[:o.limit or None] for name in o.data}
+    data = {name: load_problems(embedded(name, "test.jsonl"), (), o.answer_lists)[:o.limit or None]
+            for name in o.data}
     device = init_distributed(o.device)
     model, tokenizer = load_any_model(o.model, device, getattr(torch, o.dtype))
     positions = model.config.max_position

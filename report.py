@@ -1,17 +1,21 @@
 """What a run reports of its steps: the rows of metrics.jsonl and samples.jsonl, and its end."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from curves import draw, read_metrics
 from distributed import Totals, barrier, gather_lists, is_main
+from reward import extract_answer, references
 from runs import append_lines, how_to_go_on
 
 if TYPE_CHECKING:
     from prepare import Run
-    from train import Batch
+    from train import Batch, Response
 
 
 def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: float | None,
@@ -26,7 +30,9 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     groups, varied = batch.group.unique(), batch.group[batch.advantages != 0].unique()
     totals.add(groups=len(groups), all_equal=len(groups) - len(varied),
                accepted=(batch.off_policy & batch.accepted).sum().item(),
-               verify_timeouts=run.counts.pop("timeouts", 0))
+               verify_timeouts=run.notes.timeouts, unsettled=run.notes.unsettled.total(),
+               answered=sum(bool(_final_answer(run, r)) for r in batch.responses
+                            if not r.off_policy))
     for name, value in asdict(run.sampler.work).items():
         (totals.maximum if name.endswith("seconds") else totals.add)(**{name: value})
     for side, off_policy in (("on", False), ("off", True)):
@@ -62,23 +68,36 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
         "slot_occupancy": per(s["sequence_steps"], s["slot_steps"]),
         "wasted_positions": s["wasted_positions"] / s["positions"],
         "padding_share": mean["padding"] / mean["cells"],
+        "answered": per(s["answered"], s["count_on"]), "unsettled": s["unsettled"],
         "verify_timeouts": s["verify_timeouts"],
         "skipped_updates": sum(u["skipped"] for u in updates),
         "shared_share": mean["shared"] / (mean["cells"] - mean["padding"]),
     }
 
 
+def _final_answer(run: "Run", response: "Response") -> str | None:
+    return extract_answer(response.text, run.options.answer_format)
+
+
 def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
     """Appends to metrics.jsonl and samples.jsonl; writes the whole batch of a skipped step.
 
-    Every process must call it.
+    samples.jsonl gets the responses to the first --log-questions questions, and one for each pair
+    of answer and reference that could not be settled. Every process must call it.
     """
-    step = metrics["step"]
-    samples = gather_lists([
-        {"step": step, "problem": r.question.problem.problem, "off_policy": r.off_policy,
-         "response": r.text, "reward": reward, "accepted": accepted, "in_group": keep,
-         "advantage": advantage} for r, reward, accepted, keep, advantage in batch.rows()
-        if r.question.index < run.options.log_questions])
+    o, step, rows, unsettled = run.options, metrics["step"], [], dict(run.notes.unsettled)
+    for r, reward, accepted, keep, advantage in batch.rows():
+        given, problem = _final_answer(run, r), r.question.problem
+        pairs = [(given, each) for each in references(problem, o.answer_format)]
+        unclear = reward == 0 and any(pair in run.notes.unsettled for pair in pairs)
+        new = [unsettled.pop(pair) for pair in pairs if unclear and pair in unsettled]
+        if r.question.index < o.log_questions or new:
+            rows.append({
+                "step": step, "problem": problem.problem, "off_policy": r.off_policy,
+                "response": r.text, "final_answer": given, "answer": problem.answer,
+                "reward": reward, "unsettled": unclear, "accepted": accepted, "in_group": keep,
+                "advantage": advantage})
+    samples = gather_lists(rows)
     skipped = gather_lists([
         vars(r) | {"question": r.question.index, "prompt": r.question.prompt, "reward": reward,
                    "accepted": accepted, "keep": keep, "advantage": advantage}
@@ -91,6 +110,13 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             file = run.folder / f"skipped-step-{step}.jsonl"
             file.unlink(missing_ok=True)   # a run that was resumed may have left one
             append_lines(file, skipped)
+        if metrics["answered"] == 0 and step <= 3 and not o.reward:
+            tqdm.write(f"warning: no response of step {step} has a final answer of the form "
+                       f"--answer-format {o.answer_format}, so none can earn; "
+                       f"{metrics['truncated']:.0%} were cut off at --max-new-tokens "
+                       f"{o.max_new_tokens}. See the responses in {run.folder}/samples.jsonl; the "
+                       f"chat template, --instruction or --max-new-tokens may not fit the model",
+                       file=sys.stderr)
 
 
 def read_accuracies(folder: Path) -> list[float]:

@@ -2,38 +2,37 @@
 
     score([r"... so \\boxed{\\frac{1}{2}}"], ["0.5"])         # [1.0]
 
-The final answer is the last box of the response. Equal texts and plain numbers are compared here;
-all else goes to Math-Verify in the worker processes of verify.py.
+    python reward.py --check data.jsonl     # lists the references that this reward cannot check
+
+The final answer is the last box of the response. answers.py has the rules of equality; what needs
+algebra goes to the worker processes of verify.py.
 """
 
+import argparse
 import functools
 import importlib.util
 import math
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+from answers import NeedsAlgebra, equal, understood
+from data import Problem, load_problems
 from options import AnswerFormat
-from verify import compare
+from verify import LIMIT, compare
 
 FORMATS = get_args(AnswerFormat)
-MAX_LENGTH = 10_000          # the longest answer, in characters, that Math-Verify gets
+MAX_LENGTH = 10_000   # a longer answer, in characters, is right only as the same text
+SHORT = 200           # a longer one is read in a worker, which can be killed
+VOTES = 8             # of the answers to a problem, how many of the commonest algebra compares
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"(?:[^\s${}]|\{[^\s${}]*\})+")
-# A space beside a character that is no letter or digit separates nothing; "1, 234" is not 1,234.
-_SPACE = re.compile(r" (?=\W)|(?<=\W)(?<![0-9],) ")
-_SIZE = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
-# Python refuses to read integers of more than 4,300 digits.
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}|[0-9]{1,999})"
-_DECIMAL = re.compile(rf"([+-]?)(?:({_DIGITS})\.?([0-9]{{0,999}})|\.([0-9]{{1,999}}))")
-_FRACTION = re.compile(rf"([+-]?)(?:\\frac\{{([+-]?{_DIGITS})\}}\{{({_DIGITS})\}}"
-                       rf"|({_DIGITS})/({_DIGITS}))")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,61 +68,58 @@ def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
     return None
 
 
-def tidy(answer: str) -> str:
-    """Removes what changes only the looks of an answer.
+# --------------------------------------------------------------------------------------------------
+# Whether it is right
 
-    This is outer $, \\left, \\right, \\displaystyle, \\!, the braces of {,} and spaces that
-    separate nothing; \\dfrac and \\tfrac become \\frac.
-    """
-    answer = _SIZE.sub("", answer.strip().strip("$")).replace("{,}", ",").replace("\\!", "")
-    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
-    return _SPACE.sub("", " ".join(answer.split()))
+@dataclass
+class Notes:
+    """What `score` could not settle. A response without a verdict earns nothing."""
+    timeouts: int = 0                                   # comparisons that passed a limit
+    unsettled: Counter = field(default_factory=Counter)   # (answer, reference) -> responses
 
-
-def _number(text: str) -> tuple[Fraction, bool] | None:
-    """(value, whether it is written as a fraction) of a plain number, with or without commas."""
-    if match := _DECIMAL.fullmatch(text):
-        sign, whole, decimals, only_decimals = match.groups()
-        digits = (whole or "").replace(",", "") + "." + (decimals or only_decimals or "")
-        return Fraction(sign + digits if digits[-1] != "." else sign + digits[:-1]), False
-    if match := _FRACTION.fullmatch(text):
-        parts = [part for part in match.groups()[1:] if part is not None]
-        top, bottom = (int(part.replace(",", "")) for part in parts)
-        if bottom:
-            return Fraction(top, bottom) * (-1 if match[1] == "-" else 1), True
-    return None
+    def clear(self) -> None:
+        self.timeouts, self.unsettled = 0, Counter()
 
 
 def settle(given: str, answer: str) -> bool | None:
-    """Whether the two are equal, where that needs no algebra; None where it does."""
+    """Whether two answers are equal; None where one is not understood.
+
+    Raises NeedsAlgebra where a worker has to decide.
+    """
     if given == answer:
         return True
     if max(len(given), len(answer)) > MAX_LENGTH:
         return False
-    given, answer = tidy(given), tidy(answer)
-    if given == answer:
-        return bool(given)
-    number, reference = _number(given), _number(answer)
-    if number is None or reference is None:
-        return None
-    (a, a_fraction), (b, b_fraction) = number, reference
-    if a != b and a_fraction != b_fraction and abs(a - b) < Fraction(1, 10 ** 5):
-        return None   # Math-Verify decides whether a rounded decimal equals a fraction
-    return a == b
+    if max(len(given), len(answer)) > SHORT:
+        raise NeedsAlgebra
+    return equal(given, answer)
 
 
-def score(responses: list[str], answers: list[str], timeout: float = 5.0,
+def _verdicts(pairs: set[tuple[str, str]], timeout: float, workers: int | None) -> dict:
+    """The verdict on each pair (given, answer): True, False, None (not understood) or LIMIT."""
+    verdicts, hard = {}, []
+    for pair in pairs:
+        try:
+            verdicts[pair] = settle(*pair)
+        except NeedsAlgebra:
+            hard.append(pair)
+    if hard:
+        verdicts |= zip(hard, compare(hard, timeout, workers), strict=True)
+    return verdicts
+
+
+def score(responses: list[str], answers: Sequence[str | Sequence[str]], timeout: float = 5.0,
           workers: int | None = None, *, answer_format: str = "boxed",
-          counts: Counter | None = None) -> list[float]:
+          notes: Notes | None = None) -> list[float]:
     """One score, 1.0 or 0.0, for each response, in order.
 
     responses: what the policy wrote, without the prompt. answers: the reference answers, LaTeX or
-        plain, without a box.
-    timeout: seconds that Math-Verify may take for one comparison. A comparison that takes longer or
-        more than 1 GiB, or dies, scores 0.0 and adds one to counts["timeouts"].
-    workers: processes for Math-Verify, by default one a core, at most 4, shared among the processes
-        of torchrun; they start when first needed and stay. Calls from several threads take turns.
-    answer_format: see extract_answer.
+        plain, without a box; for each response one, or several of which any is right.
+    timeout: seconds that a comparison with algebra may take. One that takes longer or more than
+        1 GiB, or dies, scores 0.0.
+    workers: processes for algebra, by default one a core, at most 4, shared among the processes of
+        torchrun; they start when first needed and stay. Calls from several threads take turns.
+    answer_format: see extract_answer. notes: is told what could not be settled.
     Raises ValueError if the lists differ in length or the format is unknown, ImportError if
     Math-Verify is needed and not installed, RuntimeError if a worker does not start. No response
     makes it raise.
@@ -134,18 +130,78 @@ def score(responses: list[str], answers: list[str], timeout: float = 5.0,
     if answer_format not in FORMATS:
         raise ValueError(f"answer_format must be one of {', '.join(FORMATS)}, "
                          f"not {answer_format!r}")
-    if answer_format == "gsm8k":   # references may be worked solutions
-        answers = [extract_answer(answer, "gsm8k") or answer for answer in answers]
-    pairs = [(extract_answer(response, answer_format), answer.strip())
-             for response, answer in zip(responses, answers, strict=True)]
-    verdicts: dict[tuple, bool | None] = {
-        (given, answer): settle(given, answer) if given else False
-        for given, answer in set(pairs)}   # a set, because a group's responses often agree
-    hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+    rows: list[list[tuple[str, str]]] = []   # for each response, the pairs of which one must agree
+    for response, reference in zip(responses, answers, strict=True):
+        given = extract_answer(response, answer_format)
+        several = [reference] if isinstance(reference, str) else reference
+        rows.append([(given, _reference(each, answer_format)) for each in several if given])
+    # A set, because the responses to a question often agree.
+    verdicts = _verdicts({pair for row in rows for pair in row}, timeout, workers)
+    right = [any(verdicts[pair] is True for pair in row) for row in rows]
+    if notes is not None:
+        notes.timeouts += sum(verdict == LIMIT for verdict in verdicts.values())
+        notes.unsettled.update(pair for row, earned in zip(rows, right, strict=True) if not earned
+                               for pair in row if verdicts[pair] in (None, LIMIT))
+    return [float(earned) for earned in right]
+
+
+def references(problem: Problem, answer_format: str) -> list[str]:
+    """The references of a problem as they are compared."""
+    return [_reference(text, answer_format) for text in (problem.answer, *problem.other_answers)]
+
+
+def _reference(answer: str, answer_format: str) -> str:
+    worked = extract_answer(answer, "gsm8k") if answer_format == "gsm8k" else None
+    return (worked or answer).strip()   # GSM8K's references may be worked solutions
+
+
+def count_votes(groups: list[list[str | None]], timeout: float = 5.0,
+                workers: int | None = None) -> list[dict[str, int]]:
+    """For each group of answers, the votes for each answer, which stands for those equal to it.
+
+    An empty answer and None are no votes. Algebra compares only the VOTES commonest of a group.
+    """
+    counts, doubts = [], []
+    for group in groups:
+        found: Counter[str] = Counter()
+        unsure: dict[tuple[str, str], None] = {}
+        for answer in filter(None, group):
+            for other in found:
+                try:
+                    if settle(answer, other):
+                        found[other] += 1
+                        break
+                except NeedsAlgebra:
+                    unsure[answer, other] = None
+            else:
+                found[answer] += 1
+        common = {answer for answer, _ in found.most_common(VOTES)}
+        counts.append(found)
+        doubts.append([pair for pair in unsure if common.issuperset(pair)])
+    pairs = [pair for each in doubts for pair in each]
+    verdicts = iter(compare(pairs, timeout, workers) if pairs else [])
+    for found, each in zip(counts, doubts, strict=True):
+        for (answer, other), verdict in zip(each, verdicts, strict=False):
+            if verdict is True and answer in found and other in found:
+                found[other] += found.pop(answer)
+    return [dict(found) for found in counts]
+
+
+def find_unclear(answers: Sequence[str], timeout: float = 5.0,
+                 workers: int | None = None) -> list[str]:
+    """Those references that are not understood, or are not equal to themselves but as text."""
+    unclear, hard = set(), []
+    for reference in set(answers):
+        try:
+            if not understood(reference):
+                unclear.add(reference)
+        except NeedsAlgebra:
+            hard.append((reference, None))
     if hard:
-        found = compare(hard, timeout, workers, counts if counts is not None else Counter())
-        verdicts |= zip(hard, found, strict=True)
-    return [float(verdicts[pair] or False) for pair in pairs]
+        verdicts = compare(hard, timeout, workers)
+        unclear |= {reference for (reference, _), verdict in zip(hard, verdicts, strict=True)
+                    if verdict is not True}
+    return [reference for reference in answers if reference in unclear]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,12 +212,13 @@ class RewardError(RuntimeError):
 
 
 def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float = 5.0,
-                counts: Counter | None = None) -> Callable:
+                notes: Notes | None = None) -> Callable:
     """The function (responses, problems) -> scores of these options; see score and load_reward."""
     if reward:
         return functools.partial(own_scores, load_reward(reward))
-    return lambda responses, problems: score(responses, [problem.answer for problem in problems],
-                                             timeout, answer_format=answer_format, counts=counts)
+    return lambda responses, problems: score(
+        responses, [references(problem, answer_format) for problem in problems], timeout,
+        answer_format=answer_format, notes=notes)
 
 
 def load_reward(name: str) -> Callable:
@@ -217,3 +274,34 @@ def _where(error: Exception, file: str) -> str:
     line = frames[-1].lineno if frames else getattr(error, "lineno", None)
     function = f", in {frames[-1].name}" if frames else ""
     return f"{file}, line {line}{function}: {type(error).__name__}: {error}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="reward.py", description="Lists the reference answers of a data file that the reward "
+        "does not understand: only a response with the same text earns there.")
+    parser.add_argument("--check", metavar="FILE", required=True, help="JSONL file of problems")
+    parser.add_argument("--answer-format", choices=FORMATS, default="boxed",
+                        help="as in train.py (default: %(default)s)")
+    parser.add_argument("--verify-timeout", type=float, default=5.0, metavar="SECONDS",
+                        help="limit for the comparison of two answers (default: %(default)s)")
+    o = parser.parse_args()
+    try:
+        problems = load_problems(o.check)
+    except ValueError as error:
+        parser.error(str(error))
+    texts = [(problem.id, text) for problem in problems
+             for text in references(problem, o.answer_format)]
+    unclear = set(find_unclear([text for _, text in texts], o.verify_timeout))
+    found = [(name, text) for name, text in texts if text in unclear]
+    for name, text in found:
+        print(f"{name}: {text}")
+    print(f"{len(found)} of {len(texts)} references ({len(found) / len(texts):.1%}) are not "
+          f"understood" + ("; only a response with the same text earns there" if found else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -168,8 +168,8 @@ def sample_responses(run: Run, questions: list[Question], step: int,
         for q in questions:   # LUFFY's denominator is 1, a log-probability of 0
             tokens = run.builder.expert_response(q.problem)
             rows.append((q, True, q.prompt, tokens, [0.0] * len(tokens), True))
-    responses = [Response(*row, run.builder.tokenizer.decode(row[3], skip_special_tokens=True))
-                 for row in rows]
+    text = functools.partial(run.builder.response_text, stop_ids=run.model.stop_ids)
+    responses = [Response(*row, text(row[3])) for row in rows]
     return sorted(responses, key=lambda r: (r.question.index, r.off_policy))
 
 
@@ -184,7 +184,8 @@ def behaviour_policy(run: Run):
 
 
 def score_responses(run: Run, responses: list[Response]) -> Tensor:
-    """Step 3: the rewards R(τ), [B] float64."""
+    """Step 3: the rewards R(τ), [B] float64; run.notes is what could not be settled."""
+    run.notes.clear()
     return torch.tensor(run.scorer([r.text for r in responses],
                                    [r.question.problem for r in responses]), dtype=torch.float64)
 
@@ -316,8 +317,7 @@ def train(run: Run) -> None:
             last = step + 1 == o.steps
             if o.eval_every and (last or (step + 1) % o.eval_every == 0):
                 before |= evaluate_now(step + 1)
-            metrics |= before
-            report.write_rows(run, batch, metrics)
+            report.write_rows(run, batch, metrics | before)
             accuracy = f", accuracy={accuracies[-1]:.1%}" if accuracies else ""
             bar.set_postfix_str(f"reward={metrics['reward_on']:.2f}{accuracy}")
             skipped = skipped + 1 if metrics["skipped_updates"] else 0

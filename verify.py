@@ -1,7 +1,7 @@
-"""Worker processes that ask Math-Verify whether two answers are equal, and can be killed.
+"""Worker processes that compare two answers with algebra, and can be killed.
 
-Math-Verify can hang or take all memory. So it runs in worker processes, which run this file as a
-script and are killed when a comparison passes its limits.
+A comparison of expressions can hang or take all memory. So it runs in worker processes, which run
+this file as a script and are killed when a comparison passes its limits.
 """
 
 import atexit
@@ -16,11 +16,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 MEMORY_LIMIT = 1 << 30   # bytes that the process that compares may hold
 START_SECONDS = 120      # limit for the start of a worker, which imports sympy
+LIMIT = "limit"          # the verdict where a limit was passed
 
 class _Worker:
     """A process that compares pairs: one line to its input, one line from its output; see _serve.
@@ -47,11 +48,11 @@ class _Worker:
                 self.child = int(line[1])
                 return
         self.kill()
-        raise RuntimeError(f"a Math-Verify worker did not start; try: {sys.executable} "
+        raise RuntimeError(f"a worker of the reward did not start; try: {sys.executable} "
                            f"{os.path.abspath(__file__)}")
 
-    def compare(self, pair: tuple[str, str], timeout: float) -> bool | None:
-        """Math-Verify's verdict; None where a limit was passed."""
+    def compare(self, pair: tuple[str, str | None], timeout: float) -> bool | str | None:
+        """The verdict on a pair; see compare below."""
         if line := self._read_line(0.0):   # the child has died since the last comparison
             self.child = int(line[1])
         self.number += 1
@@ -60,15 +61,15 @@ class _Worker:
         self.input.flush()
         line = self._read_line(deadline)
         if line and line[0] == str(self.number):
-            return line[1] == "True"
+            return {"True": True, "False": False}.get(line[1])
         if line[:1] == ["ready"]:   # the child that was asked has died; this is the next one
             self.child = int(line[1])
-            return None
+            return LIMIT
         if self.process.poll() is not None:
             raise BrokenPipeError("the worker is gone")
         os.kill(self.child, signal.SIGKILL)
         self._await_child()
-        return None
+        return LIMIT
 
     def kill(self) -> None:
         try:
@@ -95,19 +96,20 @@ _workers: list[_Worker] = []
 _lock = threading.Lock()
 
 
-def compare(pairs: list[tuple[str, str]], timeout: float, workers: int | None,
-            counts: Counter) -> list[bool]:
-    """Math-Verify's verdict on each pair (given, answer); False where a limit was passed.
+def compare(pairs: Sequence[tuple[str, str | None]], timeout: float,
+            workers: int | None) -> list[bool | str | None]:
+    """answers.equal of each pair (given, answer), or LIMIT where a limit was passed.
 
-    timeout: seconds for each. workers: processes, None for default_workers(). counts: its
-    "timeouts" goes up by the pairs that passed a limit. Calls from several threads take turns.
+    An answer None asks for answers.understood(given) instead.
+    timeout: seconds for each. workers: processes, None for default_workers(). Calls from several
+    threads take turns.
     Raises ImportError if Math-Verify is not installed, RuntimeError if a worker does not start.
     """
     with _lock:
-        return _compare(pairs, timeout, workers, counts)
+        return _compare(pairs, timeout, workers)
 
 
-def _compare(pairs, timeout, workers, counts):
+def _compare(pairs, timeout, workers):
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("comparing these answers needs Math-Verify: pip install math-verify")
     count = min(workers or default_workers(), len(pairs))
@@ -131,7 +133,7 @@ def _compare(pairs, timeout, workers, counts):
                     _workers.remove(worker)
                     worker.kill()
                     worker = None
-            return None
+            return LIMIT
         finally:
             idle.put(worker)
 
@@ -145,8 +147,7 @@ def _compare(pairs, timeout, workers, counts):
         raise
     finally:
         threads.shutdown(cancel_futures=True)
-    counts["timeouts"] += verdicts.count(None)
-    return [bool(verdict) for verdict in verdicts]
+    return verdicts
 
 
 def default_workers() -> int:
@@ -173,19 +174,20 @@ os.register_at_fork(after_in_child=_forget_workers)
 
 
 def _serve(memory_limit: int) -> None:
-    """The worker process: it imports Math-Verify once and forks a child that compares.
+    """The worker process: it imports sympy once and forks a child that compares.
 
     When the child dies, the worker forks another in a millisecond. When the trainer is gone, the
     worker kills the child, busy or not, and ends.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())   # the libraries' prints are no replies
-    import math_verify
+    import algebra
+    import answers
     while True:
         here, there = os.pipe()
         child = os.fork()
         if child == 0:
-            _serve_pairs(math_verify, replies, memory_limit)
+            _serve_pairs(answers, algebra, replies, memory_limit)
             os._exit(0)
         os.close(there)   # now only the child holds it, and its death closes it
         waiting = select.poll()
@@ -199,7 +201,7 @@ def _serve(memory_limit: int) -> None:
             return
 
 
-def _serve_pairs(math_verify, replies, memory_limit: int) -> None:
+def _serve_pairs(answers, algebra, replies, memory_limit: int) -> None:
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, ValueError):   # not every system knows it
@@ -211,12 +213,11 @@ def _serve_pairs(math_verify, replies, memory_limit: int) -> None:
             number, given, answer = json.loads(line)
         except ValueError:   # a child that was killed had read the beginning of this line
             continue
-        try:   # without time limits, which use signals; the parent's limit holds
-            gold, target = (math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)
-                            for text in (answer, given))
-            verdict = bool(math_verify.verify(gold, target, timeout_seconds=None))
-        except Exception:   # a response on which the parser fails is not the right answer
-            verdict = False
+        try:
+            verdict = (answers.understood(given, algebra.equal) if answer is None
+                       else answers.equal(given, answer, algebra.equal))
+        except Exception:   # sympy has errors of its own
+            verdict = None
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > memory_limit:
             return   # this frees the memory; the next child starts afresh
         replies.write(b"%d %s\n" % (number, str(verdict).encode()))

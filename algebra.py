@@ -66,7 +66,8 @@ def _equal_numbers(x: sympy.Expr, y: sympy.Expr) -> bool | None:
             u, v = (value.evalf(digits, maxn=4 * digits, strict=True) for value in (x, y))
         except PrecisionExhausted:   # mostly a part that is exactly 0
             return sympy.simplify(x - y) == 0 or None
-        if any(value.has(sympy.nan, sympy.zoo, sympy.oo) or not value.is_number for value in (u, v)):
+        if any(not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo) for value in (u, v)
+               ):
             return None
         if abs(u - v) > max(abs(u), abs(v)) * sympy.Float(10, digits) ** (3 - digits):
             return False

@@ -171,7 +171,8 @@ _NUMBERS = [re.compile(_SIGN + pattern) for pattern in (
     rf"(?P<decimal>{_DEC})\s*(?:\\times|\\cdot|\*|x)\s*{_TEN}",
     rf"(?P<decimal>{_DEC})[eE](?P<p>[+-]?[0-9]+)(?![0-9.a-zA-Z])",
     _TEN, rf"(?P<decimal>{_DEC})")]
-_ONE_DIGIT = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9])(?![0-9]))")
+_ONE_SIGN = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-z]))\s*"
+                       r"(?:\{([^{}]*)\}|([0-9a-z])(?![0-9]))")
 
 
 def _number(text: str) -> tuple[Quantity, str] | None:
@@ -282,7 +283,7 @@ def _singular(word: str) -> str:
 
 def _quantity(text: str) -> Quantity | None:
     """A number or expression, with or without a unit."""
-    text = _ONE_DIGIT.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
+    text = _ONE_SIGN.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
     unit = ""
     if money := _CURRENCY.match(text):
         unit = {"euro": "euro", "pounds": "pound"}.get(money[2], "dollar")
@@ -373,6 +374,7 @@ _CHOICE = re.compile(r"\(([A-J])\)\s*([^\s,;()].*)|([A-J])[.:)]\s+(\S.*)")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
 _MATRIX = re.compile(r"\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 _AND = r"(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\text\s*\{\s*,?\s*(?:and|or)\s*\}"
+_AND_WITHIN = re.compile(r"\\text\s*\{([^{}]*[^{}\s,]) +(and|or) *([^{}]*)\}")
 _RELATION = r"=|<|>|\\(?:le|ge|ne|in|approx)(?![a-zA-Z])"
 _NAME = re.compile(r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega|angle [A-Z]{1,3}))"
                    r"(?:_\{?[A-Za-z0-9]+\}?)?(?:\([a-zA-Z0-9,]+\))?|[A-Z]{2,3}"
@@ -390,6 +392,7 @@ def read(text: str) -> Shape | None:
     if letter := _LETTER.fullmatch(text):
         return Words(letter[1], bare=True)
     plain = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).split())
+    text = _AND_WITHIN.sub(r"\\text{\1} \2 \\text{\3}", text).replace(r"\text{}", "")
     if (texts := _several(text)) is not None:
         return _list(texts)
     if len(sides := _split(text, _RELATION)) > 1:
@@ -589,12 +592,19 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
     if _NEEDLESS.sub("", given) == _NEEDLESS.sub("", answer):
         return bool(given)
     a, b = read(given), read(answer)
-    for one, text, other in ((a, given, b), (b, answer, a)):   # 100,200 may be two numbers
-        if isinstance(one, Quantity) and isinstance(other, Parts) and "," in text:
-            one = _parts("list", text.split(",")) if other.brackets in ("list", "{}") else one
-            a, b = (one, other) if other is b else (other, one)
-            break
+    if isinstance(b, Parts):
+        a = _as_list(a, given, b)
+    elif isinstance(a, Parts):
+        b = _as_list(b, answer, a)
     return None if a is None or b is None else _same(a, b, algebra)
+
+
+def _as_list(shape: Shape | None, text: str, other: Parts) -> Shape | None:
+    """One answer as the list of one, beside a set; 100,200 as two numbers, beside two."""
+    if isinstance(shape, Quantity) and "," in text and other.brackets in ("list", "{}"):
+        return _parts("list", text.split(","))
+    one = isinstance(shape, (Quantity, Words)) and other.brackets == "{}"
+    return Parts("list", (shape,)) if one else shape
 
 
 def understood(answer: str, algebra: Algebra = no_algebra) -> bool:
@@ -617,8 +627,6 @@ def _same(a: Any, b: Any, algebra: Algebra) -> bool | None:
     if isinstance(a, Words) and isinstance(b, Words):
         return a.text == b.text
     for one, other in ((a, b), (b, a)):
-        if isinstance(one, Parts) and one.brackets == "{}" and isinstance(other, (Quantity, Words)):
-            return _same_parts(one, Parts("list", (other,)), algebra)   # a set of one
         if isinstance(one, Words) and one.bare and isinstance(other, Quantity):
             return other.value is None and algebra(one.text, other.text, "")
         if isinstance(one, Form) and one.kind == "choice" and isinstance(other, Words):

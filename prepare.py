@@ -44,7 +44,7 @@ from options import (
     require,
     resolve,
 )
-from reward import Notes, make_scorer
+from reward import Notes, extract_answer, make_scorer, references
 from rollout import Sampler, choose_slots
 from runs import (
     check_settings,
@@ -85,6 +85,12 @@ class Run:
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
+
+    def final_answer(self, response: str) -> str | None:
+        return extract_answer(response, self.options.answer_format)
+
+    def references(self, problem: Problem) -> list[str]:
+        return references(problem, self.options.answer_format)
 
 
 def prepare(arguments: list[str]) -> Run:

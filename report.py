@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from curves import draw, read_metrics
 from distributed import Totals, barrier, gather_lists, is_main
-from reward import extract_answer, references
 from runs import append_lines, how_to_go_on
 
 if TYPE_CHECKING:
     from prepare import Run
-    from train import Batch, Response
+    from train import Batch
 
 
 def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: float | None,
@@ -31,7 +30,7 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     totals.add(groups=len(groups), all_equal=len(groups) - len(varied),
                accepted=(batch.off_policy & batch.accepted).sum().item(),
                verify_timeouts=run.notes.timeouts, unsettled=run.notes.unsettled.total(),
-               answered=sum(bool(_final_answer(run, r)) for r in batch.responses
+               answered=sum(bool(run.final_answer(r.text)) for r in batch.responses
                             if not r.off_policy))
     for name, value in asdict(run.sampler.work).items():
         (totals.maximum if name.endswith("seconds") else totals.add)(**{name: value})
@@ -75,10 +74,6 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     }
 
 
-def _final_answer(run: "Run", response: "Response") -> str | None:
-    return extract_answer(response.text, run.options.answer_format)
-
-
 def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
     """Appends to metrics.jsonl and samples.jsonl; writes the whole batch of a skipped step.
 
@@ -87,8 +82,8 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
     """
     o, step, rows, unsettled = run.options, metrics["step"], [], dict(run.notes.unsettled)
     for r, reward, accepted, keep, advantage in batch.rows():
-        given, problem = _final_answer(run, r), r.question.problem
-        pairs = [(given, each) for each in references(problem, o.answer_format)]
+        given, problem = run.final_answer(r.text), r.question.problem
+        pairs = [(given, each) for each in run.references(problem)]
         unclear = reward == 0 and any(pair in run.notes.unsettled for pair in pairs)
         new = [unsettled.pop(pair) for pair in pairs if unclear and pair in unsettled]
         if r.question.index < o.log_questions or new:

@@ -181,8 +181,8 @@ def _serve(memory_limit: int) -> None:
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())   # the libraries' prints are no replies
-    import algebra
     import answers
+    from answers import algebra
     while True:
         here, there = os.pipe()
         child = os.fork()
@@ -216,6 +216,8 @@ def _serve_pairs(answers, algebra, replies, memory_limit: int) -> None:
         try:
             verdict = (answers.understood(given, algebra.equal) if answer is None
                        else answers.equal(given, answer, algebra.equal))
+        except MemoryError:
+            return
         except Exception:   # sympy has errors of its own
             verdict = None
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > memory_limit:

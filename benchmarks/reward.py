@@ -1,12 +1,19 @@
-"""Times the reward and Math-Verify called pair by pair, on generated pairs like GSM8K's and MATH's.
+"""Compares the reward with Math-Verify alone: its mistakes, and its speed.
 
     python benchmarks/reward.py --check
+    python benchmarks/reward.py --references my_data.jsonl
     python benchmarks/reward.py --fuzz 20000       # also scores this many mutated responses
 
-The last line of the output gives all figures as name=value.
+It prints how many wrong answers earn and how many right ones do not, for each kind of pair in
+tests/answers.jsonl, and lists those that this reward gets wrong. Then it compares every pair of
+different references of a data file, and lists all that are accepted, for a person to read. Then it
+times generated pairs like GSM8K's and MATH's. The last line of the output gives all figures as
+name=value.
 """
 
 import argparse
+import itertools
+import json
 import logging
 import random
 import sys
@@ -21,10 +28,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.rollout import report
-from reward import score
+from data import load_problems
+from reward import Notes, extract_answer, score
 from tests.test_reward import mutate
 
-TARGETS = [("seconds", "<=", 20.0), ("disagreements", "<=", 0)]
+PAIRS = ROOT / "tests" / "answers.jsonl"
+TARGETS = [("wrong_paid", "<=", 0), ("right_missed_share", "<=", 0.01), ("ratio", ">=", 3.0)]
 
 
 def make_pair(rng: random.Random) -> tuple[str, str]:
@@ -46,23 +55,84 @@ def make_pair(rng: random.Random) -> tuple[str, str]:
     return given, answer
 
 
-def math_verify_alone(given: str, answer: str) -> bool:
-    gold, target = (math_verify.parse(f"\\boxed{{{text}}}") for text in (answer, given))
-    return math_verify.verify(gold, target)
+def parse(text: str) -> list:
+    return math_verify.parse(f"\\boxed{{{text}}}")
+
+
+def math_verify_alone(given: str | None, answer: str) -> bool:
+    return bool(given) and math_verify.verify(parse(answer), parse(given))
+
+
+def compare_mistakes() -> dict[str, float]:
+    """Prints the table over tests/answers.jsonl, and the mistakes of this reward."""
+    pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    table: dict[str, Counter] = {}
+    for pair in tqdm(pairs, desc="tests/answers.jsonl", unit="pair", leave=False):
+        form, right = pair.get("answer_format", "boxed"), pair["score"] == 1
+        here = score([pair["response"]], [pair["answer"]], answer_format=form)[0] == 1
+        there = math_verify_alone(extract_answer(pair["response"], form), extract_answer(
+            pair["answer"], "gsm8k") or pair["answer"])
+        row = table.setdefault(pair["kind"], Counter())
+        row[f"right {right}"] += 1
+        row[f"here {right}"] += here != right
+        row[f"there {right}"] += there != right
+        if here != right:
+            tqdm.write(f"{'missed' if right else 'paid'}: {pair['response']!r} for "
+                       f"{pair['answer']!r}")
+    total = Counter()
+    print(f"{'kind of pair':<24}{'wrong':>7}{'paid':>7}{'Math-Verify':>13}{'right':>9}{'missed':>8}"
+          f"{'Math-Verify':>13}")
+    for kind, row in [*sorted(table.items()), ("all", total)]:
+        print(f"{kind:<24}{row['right False']:>7}{row['here False']:>7}{row['there False']:>13}"
+              f"{row['right True']:>9}{row['here True']:>8}{row['there True']:>13}")
+        total += row if row is not total else Counter()
+    return {"pairs": len(pairs), "wrong_paid": total["here False"],
+            "math_verify_wrong_paid": total["there False"],
+            "right_missed_share": total["here True"] / total["right True"],
+            "math_verify_right_missed_share": total["there True"] / total["right True"]}
+
+
+def compare_references(answers: list[str]) -> dict[str, float]:
+    """Prints all pairs of different references that this reward takes for equal."""
+    pairs = list(itertools.combinations(answers, 2))
+    boxed = [f"\\boxed{{{answer}}}" for answer in answers]
+    accepted = set()
+    for i in tqdm(range(len(answers)), desc="references", leave=False):
+        others = [*range(i), *range(i + 1, len(answers))]
+        right = score([boxed[j] for j in others], [answers[i]] * len(others))
+        accepted |= {tuple(sorted((i, j))) for j, each in zip(others, right, strict=True) if each}
+    parsed = [parse(answer) for answer in answers]
+    there = sum(math_verify.verify(a, b) for a, b in tqdm(
+        itertools.combinations(parsed, 2), "Math-Verify", len(pairs), unit="pair", leave=False))
+    print(f"{len(answers)} references, {len(pairs)} pairs of them: {len(accepted)} are equal here, "
+          f"{there} by Math-Verify. Those here:")
+    for i, j in sorted(accepted):
+        print(f"    {answers[i]}  =  {answers[j]}")
+    return {"reference_pairs": len(pairs), "references_equal": len(accepted),
+            "math_verify_references_equal": there}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pairs", type=int, default=10_000, help="pairs to score (default: %(default)s)")
-    add("--workers", type=int, help="processes for Math-Verify (default: 1 per core, at most 4)")
+    add("--pairs", type=int, default=10_000, help="pairs to time (default: %(default)s)")
+    add("--references", help="data file (default: the references of tests/answers.jsonl)")
+    add("--most-references", type=int, default=250,
+        help="of the different references, the first so many (default: %(default)s)")
+    add("--workers", type=int, help="processes for algebra (default: 1 per core, at most 4)")
     add("--fuzz", type=int, default=0,
         help="mutated responses to score as well (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the pairs (default: %(default)s)")
     add("--check", action="store_true", help="exit with status 1 if a target is missed")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)   # This silences Math-Verify.
+    logging.disable(logging.ERROR)   # This silences Math-Verify.
+    answers = ([problem.answer for problem in load_problems(options.references)]
+               if options.references else
+               [json.loads(line)["answer"] for line in PAIRS.read_text().splitlines()])
+    answers = list(dict.fromkeys(answers))[:options.most_references]
+    figures = compare_mistakes() | compare_references(answers)
+
     rng = random.Random(options.seed)
     pairs = [make_pair(rng) for _ in range(options.pairs)]
     responses = [rf"We get {rng.randint(1, 99)}, so the answer is $\boxed{{{given}}}$."
@@ -77,8 +147,8 @@ def main() -> None:
     start = time.perf_counter()
     bar = tqdm(pairs, desc="Math-Verify, one by one", unit="pair", leave=False)
     alone = [float(math_verify_alone(*pair)) for pair in bar]
-    figures = {"pairs": len(pairs), "right": sum(scores) / len(pairs), "seconds": seconds,
-               "math_verify_seconds": time.perf_counter() - start}
+    figures |= {"timed_pairs": len(pairs), "right": sum(scores) / len(pairs), "seconds": seconds,
+                "math_verify_seconds": time.perf_counter() - start}
     figures["ratio"] = figures["math_verify_seconds"] / seconds
     differing = {(*pair, here, there) for pair, here, there in zip(pairs, scores, alone)
                  if here != there}
@@ -86,13 +156,13 @@ def main() -> None:
     for given, answer, here, there in list(differing)[:10]:
         print(f"{given} for {answer}: the reward is {here}, Math-Verify says {there}")
     if options.fuzz:
-        seeds, counts, before = responses[:200], Counter(), psutil.Process().memory_info().rss
+        seeds, notes, before = responses[:200], Notes(), psutil.Process().memory_info().rss
         start = time.perf_counter()
         for _ in tqdm(range(0, options.fuzz, 1000), desc="fuzz", unit="thousand", leave=False):
             score([mutate(rng.choice(seeds), rng) for _ in range(1000)],
-                  rng.choices(answers, k=1000), timeout=1.0, workers=options.workers, counts=counts)
+                  rng.choices(answers, k=1000), timeout=1.0, workers=options.workers, notes=notes)
         figures |= {"fuzz": options.fuzz, "fuzz_seconds": time.perf_counter() - start,
-                    "fuzz_timeouts": counts["timeouts"],
+                    "fuzz_timeouts": notes.timeouts,
                     "fuzz_memory_mb": (psutil.Process().memory_info().rss - before) / 1e6,
                     "fuzz_processes": len(psutil.Process().children(recursive=True))}
     report(figures, TARGETS, options.check)

@@ -36,6 +36,13 @@ def test_load_problems_skips_blank_lines_and_fills_in_ids(tmp_path):
     ('{"problem": "1+1", ', "not valid JSON"), ("[1, 2]", "a JSON object was expected, not list"),
     ({"answer": "2"}, "field 'problem'"), ({"problem": "1+1"}, "field 'answer'"),
     (GOOD | {"answer": True}, "field 'answer'.*not True"),
+    (GOOD | {"answer": []}, "field 'answer'"), (GOOD | {"answer": ["2", ""]}, "field 'answer'"),
+    ('{"problem": "1+1", "answer": NaN}', "NaN is not a finite number"),
+    ('{"problem": "1+1", "answer": -Infinity}', "-Infinity is not a finite number"),
+    ('{"problem": "1+1", "answer": 1e999}', "1e999 is not a finite number"),
+    (GOOD | {"problem": "a\ud800"}, r"field 'problem' has a lone surrogate, '\\ud800'"),
+    (GOOD | {"solution": "\udc00"}, "field 'solution' has a lone surrogate"),
+    (GOOD | {"problem": 3}, "field 'problem'"),
     (GOOD | {"problem": " "}, "field 'problem'"), (GOOD | {"solution": ["1"]}, "field 'solution'"),
     ({"problem": "1+1", "answer": "2"}, "field 'solution'"),
 ])
@@ -43,6 +50,33 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "d.jsonl", GOOD, line, GOOD)
     with pytest.raises(ValueError, match=rf"d\.jsonl, line 2: .*{message}"):
         load_problems(path, needs=("solution",))
+
+
+@pytest.mark.parametrize("number", ["0.00004", "-1.50", "3e-8", "12345678901234567890", "1.0"])
+def test_a_number_stays_as_it_is_written(tmp_path, number):
+    path = write(tmp_path / "d.jsonl", f'{{"problem": "1+1", "answer": {number}}}')
+    assert load_problems(path)[0].answer == number
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert load_problems(tmp_path / "d.jsonl")[0].problem == "1+1"
+
+
+def test_a_list_of_answers_means_any_or_all_of_them(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD | {"answer": ["2", 3]}, GOOD | {"answer": ["4"]})
+    assert [(p.answer, p.other_answers) for p in load_problems(path)] == [("2", ("3",)), ("4", ())]
+    assert [(p.answer, p.other_answers) for p in load_problems(path, answer_lists="all")] == [
+        ("2; 3", ()), ("4", ())]
+
+
+def test_special_tokens_stay_in_the_text_of_a_response(tokenizer):
+    builder = PromptBuilder(tokenizer)
+    tokens = tokenizer.encode("1+1", add_special_tokens=False)
+    special = next(i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id)
+    text = builder.response_text([special, *tokens, tokenizer.eos_token_id], ())
+    assert text == tokenizer.decode([special]) + "1+1"
+    assert builder.response_text([special, *tokens], tokens[-1:]) == text[:-1]
 
 
 def test_bytes_that_are_not_utf8_are_a_broken_line(tmp_path):

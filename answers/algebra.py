@@ -20,8 +20,8 @@ from sympy.core.evalf import PrecisionExhausted
 from sympy.core.function import AppliedUndef
 
 DIGITS = (30, 120, 1000)   # significant digits to which two numbers must agree, one after another
-POINTS, TRIES = 6, 60      # points at which two functions must agree, and those tried
-BITS = 1 << 18             # the largest integers that are computed exactly
+POINTS = 8                 # points at which two functions must agree
+BITS = 1 << 22             # the largest integers that are computed exactly
 
 
 def equal(a: str, b: str, sign: str = "") -> bool | None:
@@ -61,17 +61,28 @@ def _parse(text: str) -> sympy.Expr | None:
 def _equal_numbers(x: sympy.Expr, y: sympy.Expr) -> bool | None:
     with contextlib.suppress(_NoFraction):
         return _fraction(x) == _fraction(y)
+    if x == y:
+        return True
     for digits in DIGITS:
         try:
             u, v = (value.evalf(digits, maxn=4 * digits, strict=True) for value in (x, y))
         except PrecisionExhausted:   # mostly a part that is exactly 0
-            return sympy.simplify(x - y) == 0 or None
+            return sympy.simplify(sympy.expand_complex(x - y)) == 0 or None
         if any(not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo) for value in (u, v)
                ):
             return None
         if abs(u - v) > max(abs(u), abs(v)) * sympy.Float(10, digits) ** (3 - digits):
             return False
-    return True
+    # Small numbers that differ do so within 1,000 digits.
+    return True if not _large(x) and not _large(y) else sympy.simplify(x - y) == 0 or None
+
+
+def _large(x: sympy.Expr) -> bool:
+    """Whether it has large integers, exponents or factorials."""
+    exponents: list[Any] = [each.args[-1] for each in x.atoms(
+        sympy.Pow, sympy.factorial, sympy.exp)]
+    return (any(abs(each) > 10 ** 50 for each in x.atoms(sympy.Rational))
+            or any(abs(each.evalf(15)) > 200 for each in exponents))
 
 
 class _NoFraction(Exception):
@@ -109,30 +120,65 @@ def _bits(value: Fraction) -> int:
 # Functions
 
 def _equal_functions(x: sympy.Expr, y: sympy.Expr, sign: str) -> bool | None:
+    """Whether they agree at points where both are real, or are both complex and agree."""
     variables, rng = sorted(x.free_symbols | y.free_symbols, key=str), random.Random(0)
-    ratios: list[sympy.Expr] = []
-    for number in range(TRIES):
-        low = 1 if number % 2 else -4000   # roots and logarithms need numbers above 0
-        point = {variable: sympy.Rational(rng.randint(low, 4000), 1009) for variable in variables}
+    needed = POINTS * (3 if _rough(x) or _rough(y) else 1)
+    agreed, ratio = 0, None
+    steps = x.has(sympy.floor, sympy.ceiling) or y.has(sympy.floor, sympy.ceiling)
+    for number in range(4 * needed):
+        point = {variable: _coordinate(number, rng, steps) for variable in variables}
         u, v = _value(x, point), _value(y, point)
-        if u is None or v is None:         # not real here
+        if u is None or v is None or u.is_real != v.is_real:
             continue
-        if not u or not v:
-            if u or v:
+        if u == 0 or v == 0:
+            if u != v:
                 return False
-            continue
-        ratios.append(u / v)
-        if abs(ratios[-1] - (ratios[0] if sign else 1)) > abs(ratios[0]) * sympy.Float("1e-30", 40):
+            agreed += not sign
+        elif sign and ratio is None:
+            if not (u / v).is_real and sign in (">", r"\ge"):
+                continue
+            ratio, agreed = u / v, agreed + 1
+        elif _near(u, v * ratio if sign else v):
+            agreed += 1
+        elif u.is_real:
             return False
-        if len(ratios) == POINTS:
-            return not (sign in (">", r"\ge") and ratios[0] < 0)
+        if agreed == needed:
+            return sign not in (">", r"\ge") or bool(ratio is not None and ratio > 0)
     return None
 
 
+def _rough(x: sympy.Expr) -> bool:
+    """Whether it may change its form from one region to the next, as |x| does."""
+    return x.has(sympy.floor, sympy.ceiling, sympy.Abs) or any(
+        not power.exp.is_Integer for power in x.atoms(sympy.Pow))
+
+
+def _coordinate(number: int, rng: random.Random, steps: bool) -> Any:
+    """Small and large numbers, whole ones, and more above 0: roots and logarithms need them.
+
+    steps: with larger whole ones, which show where a floor or ceiling differs; 2^{2^n} bears none.
+    """
+    low, high, parts = ((0, 4, 1009), (-4, 4, 1009), (1, 12, 1), (0, 60, 1009), (-12, 12, 1),
+                        (-900, 900, 1009), (1, 40 if steps else 9, 1), (0, 1, 1009))[number % 8]
+    return sympy.Rational(rng.randint(low * parts + (parts > 1), high * parts), parts)
+
+
 def _value(x: sympy.Expr, point: dict) -> Any:
-    """The value with 40 digits, 0 where it is 0; None where it is not a real number."""
-    value: Any = x.subs(point).evalf(40)
-    if not value.is_Float and not value.is_Rational:
+    """The value: exact if it is rational, else with 60 digits; None where there is none."""
+    value: Any = x.subs(point)
+    with contextlib.suppress(_NoFraction):
+        exact = _fraction(value)
+        return sympy.Rational(exact.numerator, exact.denominator)
+    parts = value.evalf(60).as_real_imag()
+    if not all(part.is_Float or part.is_Rational for part in parts):
         return None
     # evalf marks what cancels to nothing by a precision of a few bits.
-    return sympy.Integer(0) if value.is_Float and value._prec < 100 else value
+    real, imaginary = (part if part.is_Rational or part._prec > 100 else sympy.Integer(0)
+                       for part in parts)
+    return real + imaginary * sympy.I
+
+
+def _near(u: Any, v: Any) -> bool:
+    if u.is_Rational and v.is_Rational:
+        return u == v
+    return abs(u - v) <= abs(u) * sympy.Float("1e-50", 60)

@@ -1,0 +1,128 @@
+"""Reads what stands behind a number: a unit, and words such as million that multiply it."""
+
+import re
+
+_BASE = {"m": "meter", "g": "gram", "s": "second", "L": "liter", "l": "liter", "W": "watt",
+         "J": "joule", "N": "newton", "V": "volt", "A": "ampere", "Hz": "hertz", "Pa": "pascal",
+         "eV": "electronvolt", "mol": "mole", "K": "kelvin", "C": "coulomb", "F": "farad",
+         "T": "tesla", "Wb": "weber", "B": "byte", "bit": "bit", "cal": "calorie", "pc": "parsec"}
+_PREFIXES = {"p": "pico", "n": "nano", "u": "micro", "m": "milli", "c": "centi", "d": "deci",
+             "k": "kilo", "M": "mega", "G": "giga", "T": "tera"}
+_SPELLINGS = {
+    "percent": "percents pct", "degree": "degrees deg", "dollar": "dollars usd bucks",
+    "cent": "cents", "euro": "euros eur", "pound": "pounds lb lbs", "sterling": "gbp",
+    "rupee": "rupees inr", "yen": "jpy", "meter": "meters metre metres", "gram": "grams",
+    "centimeter": "centimeters centimetre centimetres", "kilometer": "kilometers kilometre "
+    "kilometres", "millimeter": "millimeters millimetre millimetres", "kilogram": "kilograms kgs",
+    "liter": "liters litre litres", "milliliter": "milliliters millilitre millilitres",
+    "inch": "inches in", "foot": "feet ft", "yard": "yards yd yds", "mile": "miles mi",
+    "ounce": "ounces oz", "ton": "tons tonne tonnes", "second": "seconds sec secs",
+    "minute": "minutes min mins", "hour": "hours hr hrs h", "day": "days", "week": "weeks",
+    "month": "months", "year": "years yr yrs", "newton": "newtons", "joule": "joules",
+    "watt": "watts", "volt": "volts", "ampere": "amperes amp amps", "ohm": "ohms",
+    "mole": "moles", "person": "people persons", "child": "children", "man": "men",
+    "woman": "women", "mouse": "mice", "foot/minute": "fpm", "mile/hour": "mph",
+    "kilometer/hour": "kmh kph", "degree celsius": "celsius", "degree fahrenheit": "fahrenheit",
+    "angstrom": "angstroms", "mmHg": "mmHg", "atmosphere": "atmospheres atm", "bar": "bars",
+    "radian": "radians rad", "": "of the a an"}
+_UNITS = ({p + u: prefix + name for p, prefix in _PREFIXES.items() for u, name in _BASE.items()}
+          | _BASE | {word: unit for unit, words in _SPELLINGS.items()
+                     for word in [unit, *words.split()]})
+_MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6,
+               "billion": 10 ** 9, "trillion": 10 ** 12}
+# These would change the number, or say that it is none.
+_NO_UNITS = set(
+    "and or not but is are was if than then least most more less fewer no never none to about "
+    "between from plus minus times over out mod am pm point remainder repeating recurring base "
+    "binary octal hex hexadecimal decimal negative positive false wrong incorrect factorial choose "
+    "half halves third thirds quarter quarters double triple twice squared cubed score scores "
+    "billions trillions quadrillion lakh lakhs crore crores dozens hundreds thousands millions "
+    "tenth tenths hundredth hundredths thousandth thousandths millionth millionths fourth fourths "
+    "fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths zero one two three "
+    "four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety ago root sqrt pi sin "
+    "cos tan cot csc arcsin arccos arctan sinh cosh tanh log ln lg exp alpha beta gamma theta "
+    "lambda infinity infty inf".split())
+_FUNCTION = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]{0,2}")
+_REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\frac\s*\{\s*(\\text\s*\{[^{}]*\})\s*\}\s*\{\s*(\\text\s*\{[^{}]*\}\S*)\s*\}", r"\1/\2"),
+    (r"\\mu\s*\\text\s*\{", r"\\text{u"), (r"\\text\s*\{([^{}]*)\}", r" \1 "),
+    (r"[\\]%", " percent "), (r"\^\\circ\s*C\b", " degree celsius "),
+    (r"\^\\circ\s*F\b", " degree fahrenheit "), (r"\^\\circ", " degree "), (r"\\\$", " dollar "),
+    (r"\\Omega", " ohm "), (r"\\(?:cdot|times)(?![a-zA-Z])|·", " "),
+    (r"\^\s*\{?(-?[0-9])\}?", r" ^\1 "),
+    (r"\b(?:square|sq\.?) ([a-zA-Z]+)", r"\1 ^2"), (r"\bcubic ([a-zA-Z]+)", r"\1 ^3"),
+    (r"\b([a-z]{2,}) squared\b", r"\1 ^2"), (r"\b([a-z]{2,}) cubed\b", r"\1 ^3"),
+    (r"\b([ckm]?m|ft|in)([23])\b", r"\1 ^\2"), (r"\bper\b", "/"), (r"[()]", " "))]
+_TOKEN = re.compile(r"\s*(?:(?P<word>[a-zA-Z]+)\.?|(?P<power>\^-?[0-9])|(?P<over>/)"
+                    r"|(?P<hyphen>(?<=[a-zA-Z])-(?=[a-zA-Z])))\s*")
+
+
+def read_unit(text: str) -> tuple[str, int] | None:
+    """(the unit in one spelling, what it multiplies the number by); None for what is no unit.
+
+    text: what follows the number, in LaTeX. A bare letter is no unit, since it may be a variable.
+    """
+    if not text.strip():
+        return "", 1
+    adjacent = text[0].isalpha()
+    written = "\\text" in text or "/" in text and not adjacent
+    for pattern, plain in _REWRITES:
+        text = pattern.sub(plain, text)
+    found, place, factor, text = [], 0, 1, text.strip()
+    if not text:
+        return None
+    while place < len(text):
+        token = _TOKEN.match(text, place)
+        if token is None or len(found) > 8:
+            return None
+        place, word = token.end(), token["word"]
+        if word is None:
+            # A sign stands behind a word, and / also before one.
+            if not found or not found[-1][0].isalpha() and not (
+                    token["over"] and found[-1].startswith("^")):
+                return None
+            found += [] if token["hyphen"] else [(token["power"] or "/").strip()]
+        elif word in _MAGNITUDES:
+            if any(found):
+                return None
+            factor *= _MAGNITUDES[word]
+        elif (unit := _unit(word, written, adjacent)) is None:
+            return None
+        else:
+            found += [unit] if unit else []
+            adjacent = False
+    if found and found[-1] == "/":
+        return None
+    return " ".join(found).replace(" / ", "/"), factor
+
+
+def _unit(word: str, written: bool, adjacent: bool) -> str | None:
+    lower = word.lower()
+    if lower in _NO_UNITS or _FUNCTION.fullmatch(lower):
+        return None
+    known = _UNITS.get(word)
+    if known is None and (len(word) > 3 or len(word) == 3 and word.isupper()):
+        known = _UNITS.get(lower)
+    if known is not None and (written or len(word) > 1):
+        return known
+    if adjacent or len(word) < (2 if written else 3) or not written and not re.search(
+            "[aeiou]", lower):
+        return None
+    for ending, end in (("ies", "y"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("sses", "ss")):
+        if len(word) > len(ending) + 1 and lower.endswith(ending):
+            return lower.removesuffix(ending) + end
+    lower = lower if len(word) > 3 else word
+    return lower.removesuffix("s") if len(word) > 3 and not lower.endswith("ss") else lower
+
+
+def same_unit(a: str, b: str) -> bool:
+    """Whether two units agree: one is missing, or a kind of the other, or says unit."""
+    if a == b or not a or not b:
+        return True
+    for one, other in ((a, b), (b, a)):
+        if one in ("percent", "degree") and other.startswith(one + " "):   # 20% increase, 5 °C
+            return True
+        if one.split()[0] == "unit" and one.split()[1:] == other.split()[1:]:   # square units
+            return True
+    return False

@@ -346,6 +346,32 @@ def test_a_custom_reward_scores_and_its_errors_name_the_line(tmp_path):
     assert "When it is mended, go on with: torchrun train.py --resume" in done.stderr
 
 
+def test_answers_that_the_reward_cannot_check_are_counted_and_shown(tmp_path):
+    problems = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row | {"answer": f"at least {row['answer']}"}) + "\n"
+                            for row in problems))
+    trainer.train(prepare(tmp_path / "run", "--train-data", file, "--steps", 1, "--log-questions",
+                          0, "--eval-every", 0))
+    row, = metrics_of(tmp_path / "run")
+    samples = [json.loads(line)
+               for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    pairs = [(each["final_answer"], each["answer"]) for each in samples]
+    assert 0 < len(samples) <= row["unsettled"] <= 20 and len(set(pairs)) == len(pairs)
+    assert all(each["unsettled"] and each["reward"] == 0 for each in samples)
+    assert all(given and answer.startswith("at least ") for given, answer in pairs)
+    assert row["reward_on"] == 0 and row["answered"] > 0
+
+
+def test_a_run_without_final_answers_warns_in_its_first_steps(tmp_path, capsys):
+    trainer.train(prepare(tmp_path / "run", "--answer-format", "tags", "--eval-every", 0))
+    assert [row["answered"] for row in metrics_of(tmp_path / "run")] == [0] * 4
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert [line.partition(" of step ")[2].split()[0] for line in warnings] == ["1", "2", "3"]
+    assert "no response of step 1 has a final answer of the form --answer-format tags" in (
+        warnings[0])
+
+
 def test_rounding_at_random_keeps_the_mean():
     x = torch.full((100_000,), 1 + 2 ** -9)   # x is 1/4 of the way from 1 to the next bfloat16
     rounded = round_at_random(x, seed=0)

@@ -290,9 +290,9 @@ def quantity(text: str) -> Quantity | None:
 
 
 def spaced_unit(text: str) -> Quantity | None:
-    """A number and a unit of one letter, 5 m, which may be a product instead."""
-    match = re.fullmatch(r"(.*[0-9}]) ([mgshLlNJWVK])", text)
-    return quantity(rf"{match[1]}\text{{ {match[2]}}}") if match else None
+    """A number and a unit of one letter, 5 m or 5 m^2, which may be a product instead."""
+    match = re.fullmatch(r"(.*[0-9}]) ([mgshLlNJWVK])(\^\{?[23]\}?)?", text)
+    return quantity(rf"{match[1]}\text{{ {match[2]}}}{match[3] or ''}") if match else None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ _SPELLINGS = {
     "woman": "women", "mouse": "mice", "foot/minute": "fpm", "mile/hour": "mph",
     "kilometer/hour": "kmh kph", "degree celsius": "celsius", "degree fahrenheit": "fahrenheit",
     "angstrom": "angstroms", "mmHg": "mmHg", "atmosphere": "atmospheres atm", "bar": "bars",
-    "radian": "radians rad", "": "of the a an"}
+    "radian": "radians rad", "": "of the a an US"}
 _UNITS = ({p + u: prefix + name for p, prefix in _PREFIXES.items() for u, name in _BASE.items()}
           | _BASE | {word: unit for unit, words in _SPELLINGS.items()
                      for word in [unit, *words.split()]})
@@ -33,7 +33,7 @@ _MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 *
 # These would change the number, or say that it is none.
 _NO_UNITS = set(
     "and or not but is are was if than then least most more less fewer no never none to about "
-    "between from plus minus times over out mod am pm point remainder repeating recurring base "
+    "between from plus minus over out mod am pm point remainder repeating recurring base "
     "binary octal hex hexadecimal decimal negative positive false wrong incorrect factorial choose "
     "half halves third thirds quarter quarters double triple twice squared cubed score scores "
     "billions trillions quadrillion lakh lakhs crore crores dozens hundreds thousands millions "
@@ -51,7 +51,7 @@ _REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\^\\circ\s*F\b", " degree fahrenheit "), (r"\^\\circ", " degree "), (r"\\\$", " dollar "),
     (r"\\Omega", " ohm "), (r"\\(?:cdot|times)(?![a-zA-Z])|·", " "),
     (r"\^\s*\{?(-?[0-9])\}?", r" ^\1 "),
-    (r"\b(?:square|sq\.?) ([a-zA-Z]+)", r"\1 ^2"), (r"\bcubic ([a-zA-Z]+)", r"\1 ^3"),
+    (r"\b(?:square|sq\.?) ([a-zA-Z]+)\.?", r"\1 ^2"), (r"\bcubic ([a-zA-Z]+)\.?", r"\1 ^3"),
     (r"\b([a-z]{2,}) squared\b", r"\1 ^2"), (r"\b([a-z]{2,}) cubed\b", r"\1 ^3"),
     (r"\b([ckm]?m|ft|in)([23])\b", r"\1 ^\2"), (r"\bper\b", "/"), (r"[()]", " "))]
 _TOKEN = re.compile(r"\s*(?:(?P<word>[a-zA-Z]+)\.?|(?P<power>\^-?[0-9])|(?P<over>/)"

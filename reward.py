@@ -92,7 +92,10 @@ def settle(given: str, answer: str) -> bool | None:
         return False
     if max(len(given), len(answer)) > SHORT:
         raise NeedsAlgebra
-    return equal(given, answer)
+    try:
+        return equal(given, answer)
+    except Exception:   # a worker reads it once more, and counts what it cannot read as unsettled
+        raise NeedsAlgebra from None
 
 
 def _verdicts(pairs: set[tuple[str, str]], timeout: float, workers: int | None) -> dict:

@@ -60,7 +60,7 @@ def _parse(text: str) -> sympy.Expr | None:
 
 def _equal_numbers(x: sympy.Expr, y: sympy.Expr) -> bool | None:
     with contextlib.suppress(_NoFraction):
-        return _fraction(x) == _fraction(y)
+        return _fraction(x, {}) == _fraction(y, {})
     if x == y:
         return True
     for digits in DIGITS:
@@ -80,7 +80,7 @@ def _equal_numbers(x: sympy.Expr, y: sympy.Expr) -> bool | None:
 def _large(x: sympy.Expr) -> bool:
     """Whether it has large integers, exponents or factorials."""
     exponents: list[Any] = [each.args[-1] for each in x.atoms(
-        sympy.Pow, sympy.factorial, sympy.exp)]
+        sympy.Pow, sympy.Function)]
     return (any(abs(each) > 10 ** 50 for each in x.atoms(sympy.Rational))
             or any(abs(each.evalf(15)) > 200 for each in exponents))
 
@@ -89,13 +89,14 @@ class _NoFraction(Exception):
     """A number is not rational by its form, or too large."""
 
 
-def _fraction(x: Any) -> Fraction:
-    """The exact value. Raises _NoFraction."""
+def _fraction(x: Any, point: dict) -> Fraction:
+    """The exact value at a point. Raises _NoFraction."""
+    x = point.get(x, x)
     if isinstance(x, sympy.Rational):
         return Fraction(x.p, x.q)
     if not isinstance(x, (sympy.Add, sympy.Mul, sympy.Pow, sympy.factorial)):
         raise _NoFraction
-    first, *others = parts = [_fraction(part) for part in x.args]
+    first, *others = parts = [_fraction(part, point) for part in x.args]
     if any(_bits(part) > BITS for part in parts):
         raise _NoFraction
     if isinstance(x, sympy.Add):
@@ -122,11 +123,14 @@ def _bits(value: Fraction) -> int:
 def _equal_functions(x: sympy.Expr, y: sympy.Expr, sign: str) -> bool | None:
     """Whether they agree at points where both are real, or are both complex and agree."""
     variables, rng = sorted(x.free_symbols | y.free_symbols, key=str), random.Random(0)
-    needed = POINTS * (3 if _rough(x) or _rough(y) else 1)
-    agreed, ratio = 0, None
+    rough = _rough(x) or _rough(y)
+    needed, agreed, ratio = POINTS * (3 if rough else 1), 0, None
+    scale = max([300, *(abs(each) for each in x.atoms(sympy.Integer) | y.atoms(sympy.Integer)
+                        if abs(each) < 10 ** 9)])
     steps = x.has(sympy.floor, sympy.ceiling) or y.has(sympy.floor, sympy.ceiling)
     for number in range(4 * needed):
-        point = {variable: _coordinate(number, rng, steps) for variable in variables}
+        kind = 5 if rough and number % 2 else number % 8
+        point = {variable: _coordinate(kind, rng, int(scale), steps) for variable in variables}
         u, v = _value(x, point), _value(y, point)
         if u is None or v is None or u.is_real != v.is_real:
             continue
@@ -153,23 +157,24 @@ def _rough(x: sympy.Expr) -> bool:
         not power.exp.is_Integer for power in x.atoms(sympy.Pow))
 
 
-def _coordinate(number: int, rng: random.Random, steps: bool) -> Any:
+def _coordinate(kind: int, rng: random.Random, scale: int, steps: bool) -> Any:
     """Small and large numbers, whole ones, and more above 0: roots and logarithms need them.
 
+    scale: the largest constant, near which |x - 1000| changes its form.
     steps: with larger whole ones, which show where a floor or ceiling differs; 2^{2^n} bears none.
     """
     low, high, parts = ((0, 4, 1009), (-4, 4, 1009), (1, 12, 1), (0, 60, 1009), (-12, 12, 1),
-                        (-900, 900, 1009), (1, 40 if steps else 9, 1), (0, 1, 1009))[number % 8]
+                        (-3 * scale, 3 * scale, 1009), (1, 40 if steps else 9, 1),
+                        (0, 1, 1009))[kind]
     return sympy.Rational(rng.randint(low * parts + (parts > 1), high * parts), parts)
 
 
 def _value(x: sympy.Expr, point: dict) -> Any:
-    """The value: exact if it is rational, else with 60 digits; None where there is none."""
-    value: Any = x.subs(point)
+    """The value: exact if it is rational, else with 250 digits; None where there is none."""
     with contextlib.suppress(_NoFraction):
-        exact = _fraction(value)
+        exact = _fraction(x, point)
         return sympy.Rational(exact.numerator, exact.denominator)
-    parts = value.evalf(60).as_real_imag()
+    parts: Any = x.evalf(250, subs=point).as_real_imag()   # x.subs may try to factor large numbers
     if not all(part.is_Float or part.is_Rational for part in parts):
         return None
     # evalf marks what cancels to nothing by a precision of a few bits.
@@ -181,4 +186,4 @@ def _value(x: sympy.Expr, point: dict) -> Any:
 def _near(u: Any, v: Any) -> bool:
     if u.is_Rational and v.is_Rational:
         return u == v
-    return abs(u - v) <= abs(u) * sympy.Float("1e-50", 60)
+    return abs(u - v) <= abs(u) * sympy.Float("1e-230", 250)

@@ -1,5 +1,6 @@
 """When two answers are equal. docs/reward.md lists the rules."""
 
+import re
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
@@ -70,7 +71,7 @@ def _read_as(a: Shape | None, given: str, b: Shape) -> Shape | None:
         parts = [read(text) for text in texts if text == "0" or not text.startswith("0")]
         return Parts("list", tuple(parts)) if len(parts) == len(texts) and None not in parts else a
     if isinstance(a, Form) and a.kind == "time" and isinstance(b, Form) and b.kind == "ratio" and (
-            not a.parts[2] and not a.parts[3]):   # 10:15 for 2:3
+            a.parts[2] is None and not a.parts[3]):   # 10:15 for 2:3
         return Form("ratio", tuple(Quantity(str(part), Fraction(part)) for part in a.parts[:2]))
     if isinstance(a, Quantity) and a.value is None and not a.unit and isinstance(b, Quantity) and (
             b.value is not None or b.unit):       # 5 m for 5
@@ -187,7 +188,8 @@ def _same_form(a: Form, b: Form, algebra: Algebra) -> bool | None:
     if a.kind != b.kind or len(a.parts) != len(b.parts):
         return False
     if a.kind == "time":
-        return bool(_hours(a) & _hours(b)) and a.parts[1:3] == b.parts[1:3] and (
+        minutes = [(time.parts[1], time.parts[2] or 0) for time in (a, b)]
+        return bool(_hours(a) & _hours(b)) and minutes[0] == minutes[1] and (
             bool(a.parts[3] or b.parts[3]) or a.parts[0] == b.parts[0])
     if a.kind == "date":
         return a.parts[1:] == b.parts[1:] and (a.parts[0] == b.parts[0]
@@ -196,8 +198,9 @@ def _same_form(a: Form, b: Form, algebra: Algebra) -> bool | None:
         return a.parts[0] == b.parts[0] and equal(a.parts[1], b.parts[1], algebra)
     if a.kind == "base":
         return a.parts == b.parts
-    if 0 in [part.value for part in (*a.parts, *b.parts)]:   # no common factor
-        return _every(_same_value(x, y, algebra) for x, y in zip(a.parts, b.parts, strict=True))
+    nothing = Quantity("0", Fraction(0))
+    if any(_same_value(part, nothing, algebra) is not False for part in (*a.parts, *b.parts)):
+        return _in_order(a.parts, b.parts, algebra)   # there is no common factor
     return _every(_same_value(_product(a.parts[0], y), _product(b.parts[0], x), algebra)
                   for x, y in zip(a.parts[1:], b.parts[1:], strict=True))
 
@@ -222,7 +225,9 @@ def _same_parts(a: Parts, b: Parts, algebra: Algebra) -> bool | None:
     for one, other in ((a, b), (b, a)):   # x = 4, y = 7 is (4, 7)
         if one.brackets == "list" and other.brackets == "()" and all(
                 isinstance(part, Named) for part in one.parts):
-            in_order = sorted(one.parts, key=lambda part: part.name)
+            in_order = sorted(one.parts, key=lambda part: [
+                int(piece) if piece.isdigit() else piece   # x_2 stands before x_10
+                for piece in re.split("([0-9]+)", part.name)])
             return _in_order([part.value for part in in_order], other.parts, algebra)
     kinds = {a.brackets, b.brackets}
     if len(kinds) > 1 and kinds not in ({"list", "{}"}, {"list", "sum"}):

@@ -31,7 +31,11 @@ _TOKEN = re.compile(
     r"|(?P<degree>\^\\circ)"
     r"|(?P<command>\\(?:frac|sqrt|binom|pi|cdot|times|div|[lr](?:floor|ceil|vert))(?![a-zA-Z]))"
     rf"|(?P<symbol>{SYMBOL})|(?P<sign>[-+*/^_(){{}}\[\]|!]))")
-_WORD = re.compile("[a-zA-Z]{4}")
+_WORD = re.compile(r"[a-zA-Z]{4}|(?<![a-zA-Z])(?:ln|lg|log|exp|sin|cos|tan|pi)[a-zA-Z]")
+_DERIVATIVE = re.compile(   # \\frac{dy}{dx} is no fraction of products
+    r"\\frac\s*\{\s*(?:d|\\Delta|\\partial)(?![a-zA-Z]{3})[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
+    r"\s*\{\s*(?:d|\\Delta|\\partial)\s*[a-zA-Z\\]")
+_FUNCTIONAL = re.compile(r"f|\\(?:Gamma|zeta|phi|varphi)|.*'")   # f(2x) is not 2f(x)
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil",
             r"\lvert": r"\rvert"}
 _DEGREE = r"\cdot\frac{\pi}{180}"
@@ -52,7 +56,7 @@ def rewrite(text: str) -> str | None:
     """The expression, written in one way; None for what is not understood."""
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("**", "^"))
     text = _PLAIN.sub(r"\\\1", text)
-    if _WORD.search(re.sub(r"\\[a-zA-Z]+|_\s*\{[^{}]*\}", " ", text)):
+    if _WORD.search(re.sub(r"\\[a-zA-Z]+|_\s*\{[^{}]*\}", " ", text)) or _DERIVATIVE.search(text):
         return None
     tokens, place = [], 0
     while place < len(text.rstrip()):
@@ -83,10 +87,13 @@ def _items(tokens: list, closing: str) -> list[_Item]:
             return items
         before = items[-1] if items else _Item("sign", "")
         if kind == "number":
-            if before.kind == "number":
+            if before.kind == "number" or text[0] == "." and before.kind != "sign":
                 raise _Unclear
             items.append(_Item("number", _number(text)))
         elif kind == "symbol":
+            if _FUNCTIONAL.fullmatch(text) and tokens and tokens[-1][1] == "(":
+                tokens.pop()
+                text += f"({_join(_items(tokens, ')'))})"
             items.append(_Item("symbol", _name(text)))
         elif kind == "function":
             items.append(_Item("function", text))
@@ -193,7 +200,10 @@ def _root(tokens: list) -> str:
         return rf"\sqrt{degree}{{{_fraction(tokens).text}}}"
     if following[0] == "number" and len(following[1]) > 1:
         raise _Unclear   # \sqrt12
-    return rf"\sqrt{degree}{{{_argument(tokens)}}}"
+    argument = _argument(tokens)
+    if degree in ("[3]", "[5]", "[7]") and re.fullmatch(r"-[^-+]*", argument):
+        return rf"(-\sqrt{degree}{{{argument[1:]}}})"   # the real root
+    return rf"\sqrt{degree}{{{argument}}}"
 
 
 def _power(tokens: list) -> str:
@@ -249,6 +259,8 @@ def _apply_functions(items: list[_Item]) -> list[_Item]:
             end = 1 if bracket or done and done[0].kind == "call" else end
             if not end:
                 raise _Unclear
+            if not bracket and end < len(done) and done[end].text == "/":
+                raise _Unclear   # \sin x/2
             argument = _join(done[:end])
             del done[:end]
             argument = argument if bracket else f"({argument})"   # \sin(x)^2 is (\sin x)^2

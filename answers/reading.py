@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from answers.expressions import FUNCTIONS, SYMBOL, has_letters, rewrite
-from answers.units import read_unit
+from answers.units import UNITS, read_unit
 
 # --------------------------------------------------------------------------------------------------
 # Shapes
@@ -24,7 +24,7 @@ class Quantity:
     text: str                       # what `rewrite` makes of it, without the unit
     value: Fraction | None = None   # of a number; None for an expression
     unit: str = ""
-    last: Fraction | None = None    # of a decimal: the worth of a 1 in its last place
+    last: Fraction | None = None    # the worth of a 1 in its last place; None for a fraction
     digits: int = 0                 # of a decimal: its significant digits
 
 
@@ -86,9 +86,10 @@ _SYMBOLS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "�
             "\ufeff": "", "\u200b": ""}
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _FIRST = [(re.compile(pattern), same) for pattern, same in (
-    (r"√\s*([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"), (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),
+    (r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\\sqrt{\1}"), (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\begin\{array\}\s*\{[^{}]*\}|\\begin\{smallmatrix\}", r"\\begin{matrix}"),
@@ -113,11 +114,10 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
     (r"\+/-|(?:^|(?<==))\s*\+-", r"\\pm "),
     (r"(?<![a-zA-Z\\])(?:inf|infinity|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<=[)\]}]) ?U ?(?=[(\[\\])", r"\\cup "), (r"\\[lr]angle(?![a-zA-Z])", r"\g<0> "),
-    (r"\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degrees?|deg)(?![a-zA-Z])|\\textdegree",
-     r"^\\circ "), (r"\\lbrace(?![a-zA-Z])", r"\\{"), (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|(?<=[0-9])\s*\\circ(?![a-zA-Z])"
+     r"|\^?\s*\\(?:degrees?|deg)(?![a-zA-Z])|\\textdegree", r"^\\circ "),
+    (r"\\lbrace(?![a-zA-Z])", r"\\{"), (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"(?<!\\)%", r"\\%"), (r"\\(?:bar|overline)(?![a-zA-Z])", r"\\overline"),
-    (r"(?<=[0-9])\s*(?:\^\s*\{?\s*)?\\text\{(?:st|nd|rd|th)\}(?:\s*\})?"
-     r"|(?<=[0-9])(?:\^\s*\{?)?(?:st|nd|rd|th)(?![a-zA-Z])\}?", ""),
     (r"\\text\s*\{\s*\}", ""),
     # $5$ is mathematics, $5 is money.
     (r"(?<!\\)\$([^$]*[^$\s\\])\$(?![0-9])", r"\1"), (r"(?<!\\)\$(?=\s*[0-9.])", r"\\$"))]
@@ -127,9 +127,12 @@ _WRAPPED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\$+((?:[^$\\]|\\.)*)\$+"
 _THIN = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?: ?\\[,;:] ?[0-9]{3})+(?![0-9])")
 _SPACES = re.compile(r"(\\\\)|\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s|\\$")   # \\ ends a row
 # A space beside a character that is no letter or digit separates nothing; "1, 234" is not 1,234.
-_NEEDLESS = re.compile(r" (?=\W)|(?<=\W)(?<![0-9],) ")
+_NEEDLESS = re.compile(r" (?=[^\w.,])|(?<=[^\w.,]) |(?<=[^0-9.,],) ")
+_ORDINAL = re.compile(r"([0-9]*([0-9]))\s*(?:\^\s*\{?\s*)?(?:\\text\s*\{\s*)?(st|nd|rd|th)\}{0,2}"
+                      r"(?= |$)")
 
 
+@functools.lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
     r"""The answer without delimiters, sizes and fonts, and with one spelling of each symbol."""
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
@@ -143,6 +146,9 @@ def tidy(text: str) -> str:
     text = _THIN.sub(lambda match: re.sub(r" ?\\[,;:] ?", "", match[0]), text)
     text = _unwrapped(" ".join(_SPACES.sub(lambda match: match[1] or " ", text).split()))
     text = text if text.endswith("..") else text.removesuffix(".").strip()
+    if (ordinal := _ORDINAL.match(text)) and ordinal[3] == (
+            "th" if ordinal[1][-2:-1] == "1" else _ENDINGS.get(ordinal[2], "th")):
+        text = ordinal[1] + text[ordinal.end():]
     return text.removeprefix("=").strip()
 
 
@@ -252,9 +258,8 @@ def read_number(text: str) -> tuple[Quantity, str] | None:
         decimal = found.get("decimal", "1")
         value = Fraction("0" + decimal.removesuffix(".")) * Fraction(10) ** power
         places = len(decimal.partition(".")[2])
-        if places or power:
-            last = Fraction(10) ** (power - places)
-            digits = len(decimal.replace(".", "").lstrip("0"))
+        last = Fraction(10) ** (power - places)
+        digits = len(decimal.replace(".", "").lstrip("0")) if places or power else 0
     value = -value if found["sign"] == "-" else value
     text_of_it = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
     return Quantity(text_of_it, value, "", last, digits), text[match.end():]
@@ -276,7 +281,7 @@ def quantity(text: str) -> Quantity | None:
         if factor != 1 and found.value is not None:
             value = found.value * factor
             found = replace(found, text=rf"\frac{{{value.numerator}}}{{{value.denominator}}}",
-                            value=value, last=None)
+                            value=value, last=found.last and found.last * factor)
         return replace(found, unit=unit or trailing)
     end = len(text)
     while not re.search(r"\\(?:sin|cos|tan|sec|csc|cot)(?![a-zA-Z])", text) and (
@@ -285,14 +290,18 @@ def quantity(text: str) -> Quantity | None:
     after = read_unit(text[end:].replace(r"\euro", " euro"))
     if end < len(text) and after and after[1] == 1:
         unit, text = unit or after[0], text[:end]
+    if unit in ("percent", "degree") and len(_split(text[1:], "[+-]")) > 1:
+        return None   # 1 + 5%
     latex = rewrite(text)
     return Quantity(latex, None, unit) if latex else None
 
 
 def spaced_unit(text: str) -> Quantity | None:
-    """A number and a unit of one letter, 5 m or 5 m^2, which may be a product instead."""
-    match = re.fullmatch(r"(.*[0-9}]) ([mgshLlNJWVK])(\^\{?[23]\}?)?", text)
-    return quantity(rf"{match[1]}\text{{ {match[2]}}}{match[3] or ''}") if match else None
+    """A number and a unit of few letters, 5 m or 5 ns, which may be a product instead."""
+    match = re.fullmatch(r"(.*[0-9]) ([a-zA-Z]{1,3})(\^\{?[23]\}?)?", text)
+    if match is None or match[2] not in UNITS:
+        return None
+    return quantity(rf"{match[1]}\text{{ {match[2]}}}{match[3] or ''}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,12 +316,16 @@ _MONTHS = {name[:length]: number for number, name in enumerate(
     "january february march april may june july august september october november december".split(),
     1) for length in (3, 4 if name == "september" else 3, len(name))}
 _MONTH = rf"(?P<month>{'|'.join(sorted(_MONTHS, key=len, reverse=True))})\.?"
-_DATES = [re.compile(pattern, re.IGNORECASE) for pattern in (
+_DATES = [re.compile(pattern, re.IGNORECASE | re.ASCII) for pattern in (
     r"(?P<y>[0-9]{4})-(?P<m>[0-9]{1,2})-(?P<d>[0-9]{1,2})",
-    rf"{_MONTH} (?P<d>[0-9]{{1,2}})(?:,? (?P<y>[0-9]{{4}}))?",
-    rf"(?P<d>[0-9]{{1,2}}) (?:of )?{_MONTH}(?:,? (?P<y>[0-9]{{4}}))?")]
-_LETTER = re.compile(r"(?:(?:option|choice|answer) )?\(?\s*([A-Za-z])\s*\)?\s*[.:]?", re.IGNORECASE)
-_CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)]) (?!(?:and|or|not)\b)([^\s,;()+*/^=-].*)")
+    rf"{_MONTH} (?P<d>[0-9]{{1,2}})(?:st|nd|rd|th)?(?:,? (?P<y>[0-9]{{4}}))?",
+    rf"(?P<d>[0-9]{{1,2}})(?:st|nd|rd|th)? (?:of )?{_MONTH}(?:,? (?P<y>[0-9]{{4}}))?")]
+_LETTER = re.compile(r"(?:(?:option|choice|answer) )?\(?\s*([A-Za-z])\s*\)?\s*[.:]?",
+                     re.IGNORECASE | re.ASCII)
+_CHOICE = re.compile(
+    r"(?:\(([A-J])\)|([A-J])[.:)]) (?!(?:is |are )?(?:and|or|not|nor|vs|then|through|only|but|"
+    r"wrong|false|incorrect|no|none)\b)(?!.*(?:\b[A-J]\b|\([A-J]\)))([^\s,;()\[\]&+*/^=-].*)",
+    re.ASCII)
 _WORDS = re.compile(r"[A-Za-z]+(?:'[a-z]+)?(?:[ -]+[A-Za-z]+(?:'[a-z]+)?)*")
 _MATRIX = re.compile(r"[(\[]?\s*\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}\s*[)\]]?", re.DOTALL)
 _AND = (r"(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\text\s*\{\s*,?\s*(?:and|or)\s*\}"
@@ -320,10 +333,11 @@ _AND = (r"(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\text\s*\{\s*,?\s*(?:and|or)\s*
 _AND_WITHIN = re.compile(r"\\text\s*\{([^{}]*[^{}\s,]),? +(and|or) *([^{}]*)\}")
 _RELATION = r"=|<|>|\\(?:le|ge|ne|in|approx)(?![a-zA-Z])"
 _NAME = re.compile(
-    rf"{SYMBOL}(?:\^\{{?(?:-1|\*)\}}?)?(?:\([^()<>=]*\)|\[[^\[\]<>=]*\])?(?:_\{{[^{{}}]*\}})?"
-    rf"|m?\\(?:angle|triangle) ?[A-Z](?: ?[A-Z]){{0,2}}|[A-Z](?: ?[A-Z]){{1,2}}"
+    rf"{SYMBOL}(?:\^\{{?(?:-1|\*)\}}?)?(?:[(\[](?:[a-zA-Z](?:,[a-zA-Z])*|-?[0-9]+"
+    rf"|\\frac(?:\{{[0-9]+\}}\{{[0-9]+\}}|[0-9][0-9]))[)\]])?(?:_\{{[^{{}}]*\}})?"
+    rf"|m?\\(?:angle|triangle) ?[A-Z](?: ?[A-Z]){{0,2}}|([A-Z])(?: ?(?!\1)[A-Z]){{1,2}}"
     rf"|\((?:{SYMBOL}(?:,|$|(?=\)))){{2,}}\)|\\text\{{[^{{}}]*\}}(?:_\{{[^{{}}]*\}})?"
-    rf"|(?=[a-zA-Z]*[aeiou][a-zA-Z]*[aeiou])[A-Za-z]{{4,}}|\\Delta [A-Za-z]", re.IGNORECASE)
+    rf"|(?=[a-zA-Z]*[aeiouAEIOU][a-zA-Z]*[aeiou])[A-Za-z]{{4,}}|\\Delta [A-Za-z]")
 _NO_NAME = re.compile(rf"(?:{'|'.join(FUNCTIONS)}|sqrt|pi).*|.*\b(?:not|never|wrong|false)\b.*",
                       re.IGNORECASE)
 _MIRROR = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
@@ -400,8 +414,8 @@ def _form(text: str, plain: str) -> Form | None:
             return Form("base", (based[1].lstrip("0") or "0", base))
     if time := _TIME.match(plain):
         half, rest = _HALF.fullmatch(plain, time.end()), plain[time.end():]
-        hour, minute, second = int(time[1] or time[4]), int(time[2] or 0), int(time[3] or 0)
-        if (half or not rest.strip()) and hour < 25 and minute < 60 and second < 60 and not (
+        hour, minute, second = int(time[1] or time[4]), int(time[2] or 0), time[3] and int(time[3])
+        if (half or not rest.strip()) and hour < 25 and minute < 60 and (second or 0) < 60 and not (
                 half and not 1 <= hour <= 12):
             return Form("time", (hour, minute, second, half[1].lower() if half else ""))
     for pattern in _DATES:
@@ -475,7 +489,7 @@ def _relation(sides: list[str], signs: list[str]) -> Shape | None:
     if names[0]:
         value = read(right)
         if sign == "=" and value is not None:
-            return Named(names[0], value, latex[0])
+            return Named(names[0], value, "" if "(" in names[0] else latex[0])
         if isinstance(value, Quantity) and sign in _MIRROR and not has_letters(value.text):
             endless = Quantity(r"-\infty"), Quantity(r"\infty")
             ends = (endless[0], value) if sign in ("<", r"\le") else (value, endless[1])

@@ -2,6 +2,8 @@
 
 import re
 
+from answers.expressions import FUNCTIONS, GREEK
+
 _BASE = {"m": "meter", "g": "gram", "s": "second", "L": "liter", "l": "liter", "W": "watt",
          "J": "joule", "N": "newton", "V": "volt", "A": "ampere", "Hz": "hertz", "Pa": "pascal",
          "eV": "electronvolt", "mol": "mole", "K": "kelvin", "C": "coulomb", "F": "farad",
@@ -17,7 +19,7 @@ _SPELLINGS = {
     "liter": "liters litre litres", "milliliter": "milliliters millilitre millilitres",
     "inch": "inches in", "foot": "feet ft", "yard": "yards yd yds", "mile": "miles mi",
     "ounce": "ounces oz", "ton": "tons tonne tonnes", "second": "seconds sec secs",
-    "minute": "minutes min mins", "hour": "hours hr hrs h", "day": "days", "week": "weeks",
+    "minute": "minutes min mins", "hour": "hours hr hrs", "day": "days", "week": "weeks",
     "month": "months", "year": "years yr yrs", "newton": "newtons", "joule": "joules",
     "watt": "watts", "volt": "volts", "ampere": "amperes amp amps", "ohm": "ohms",
     "mole": "moles", "person": "people persons", "child": "children", "man": "men",
@@ -25,9 +27,17 @@ _SPELLINGS = {
     "kilometer/hour": "kmh kph", "degree celsius": "celsius", "degree fahrenheit": "fahrenheit",
     "angstrom": "angstroms", "mmHg": "mmHg", "atmosphere": "atmospheres atm", "bar": "bars",
     "radian": "radians rad", "": "of the a an US"}
-_UNITS = ({p + u: prefix + name for p, prefix in _PREFIXES.items() for u, name in _BASE.items()}
-          | _BASE | {word: unit for unit, words in _SPELLINGS.items()
-                     for word in [unit, *words.split()]})
+# Those of two letters or more that count without \\text; others may be products of variables.
+_BARE = set("cm mm km dm kg mg mL ml ms nm Hz kHz MHz GHz eV keV MeV GeV mol kJ kW MW kPa Pa GB MB "
+            "kB cal kcal Wb bit".split())
+_ADJACENT = set("cm mm km kg Hz".split())   # 5cm
+_RATES = set("m/s m/s^2 km/h km/s cm/s m/min L/min g/L g/mL g/cm^3 kg/m^3 J/K J/mol kJ/mol N/m "
+             "mol/L V/m W/m^2 rad/s km/hr".split())
+_NOUNS = set("egg car cat dog box cup bag hat toy pie pen bus row cow hen pig can jar key".split())
+_SPELLED = {word: unit for unit, words in _SPELLINGS.items() for word in [unit, *words.split()]
+            if len(word) > 1}
+UNITS = {p + u: prefix + name for p, prefix in _PREFIXES.items() for u, name in _BASE.items()} | (
+    _BASE | _SPELLED | {"h": "hour", "a": ""})
 _MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6,
                "billion": 10 ** 9, "trillion": 10 ** 12}
 # These would change the number, or say that it is none.
@@ -42,7 +52,11 @@ _NO_UNITS = set(
     "four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety ago root sqrt pi sin "
     "cos tan cot csc arcsin arccos arctan sinh cosh tanh log ln lg exp alpha beta gamma theta "
-    "lambda infinity infty inf".split())
+    "lambda infinity infty inf power powers roots doubled halved tripled thrice quintillion googol "
+    "myriad grand thou gross tens permille inverse reciprocal conjugate imaginary modulo ternary "
+    "duodecimal exponent undefined without except until onward bn mn mil under above below till "
+    "through larger smaller kilo mega square cube loss maximum minimum rest arcsec arccsc "
+    "arccot det dim".split()) | {name.lower() for name in GREEK | FUNCTIONS - {"sec"}}
 _FUNCTION = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]{0,2}")
 _REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\frac\s*\{\s*(\\text\s*\{[^{}]*\})\s*\}\s*\{\s*(\\text\s*\{[^{}]*\}\S*)\s*\}", r"\1/\2"),
@@ -66,7 +80,7 @@ def read_unit(text: str) -> tuple[str, int] | None:
     if not text.strip():
         return "", 1
     adjacent = text[0].isalpha()
-    written = "\\text" in text or "/" in text and not adjacent
+    written = "\\text" in text or re.sub(r"[\s{}]", "", text) in _RATES and not adjacent
     for pattern, plain in _REWRITES:
         text = pattern.sub(plain, text)
     found, place, factor, text = [], 0, 1, text.strip()
@@ -83,10 +97,10 @@ def read_unit(text: str) -> tuple[str, int] | None:
                     token["over"] and found[-1].startswith("^")):
                 return None
             found += [] if token["hyphen"] else [(token["power"] or "/").strip()]
-        elif word in _MAGNITUDES:
+        elif word.lower() in _MAGNITUDES:
             if any(found):
                 return None
-            factor *= _MAGNITUDES[word]
+            factor *= _MAGNITUDES[word.lower()]
         elif (unit := _unit(word, written, adjacent)) is None:
             return None
         else:
@@ -101,13 +115,14 @@ def _unit(word: str, written: bool, adjacent: bool) -> str | None:
     lower = word.lower()
     if lower in _NO_UNITS or _FUNCTION.fullmatch(lower):
         return None
-    known = _UNITS.get(word)
+    known = UNITS.get(word)
     if known is None and (len(word) > 3 or len(word) == 3 and word.isupper()):
-        known = _UNITS.get(lower)
-    if known is not None and (written or len(word) > 1):
-        return known
-    if adjacent or len(word) < (2 if written else 3) or not written and not re.search(
-            "[aeiou]", lower):
+        known = UNITS.get(lower)
+    if known is not None:
+        bare = word in _BARE or word in _SPELLED or lower in _SPELLED
+        return known if written or bare and (not adjacent or word in _ADJACENT) else None
+    if adjacent or len(word) < (3 if written or lower in _NOUNS else 4) or not written and (
+            not re.search("[aeiou]", lower)):
         return None
     for ending, end in (("ies", "y"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("sses", "ss")):
         if len(word) > len(ending) + 1 and lower.endswith(ending):

@@ -298,7 +298,7 @@ def quantity(text: str) -> Quantity | None:
 
 def spaced_unit(text: str) -> Quantity | None:
     """A number and a unit of few letters, 5 m or 5 ns, which may be a product instead."""
-    match = re.fullmatch(r"(.*[0-9]) ([a-zA-Z]{1,3})(\^\{?[23]\}?)?", text)
+    match = re.fullmatch(r"([-+]?[0-9][0-9.,]*) ([a-zA-Z]{1,3})(\^\{?[23]\}?)?", text)
     if match is None or match[2] not in UNITS:
         return None
     return quantity(rf"{match[1]}\text{{ {match[2]}}}{match[3] or ''}")

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from data import (
     Demonstrations,
@@ -52,6 +51,7 @@ from runs import (
     find_model,
     load_checkpoint,
     lock_folder,
+    read_model,
     write_settings,
 )
 
@@ -284,5 +284,5 @@ def load_any_model(path: str, device, dtype) -> tuple[Transformer, Any]:
     if checkpoint is None:
         return load_model(folder, device, dtype)
     model, tokenizer = load_model(folder, device)
-    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint)   # into these tensors
+    read_model(checkpoint, model)
     return model.to(dtype), tokenizer

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,10 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
@@ -123,7 +127,8 @@ def lock_folder(folder: Path) -> int | None:
 def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     """Writes config.yaml and drops the metrics and samples of steps after the first `steps`.
 
-    A resumed run makes those steps again.
+    A resumed run makes those steps again. Without a checkpoint it begins anew, and the earlier
+    files are renamed, with a message.
     """
     settings = {name: value for name, value in asdict(options).items()
                 if name not in ("resume", "output_dir")}
@@ -131,17 +136,54 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        if lines and not steps:
+            aside = next(path for path in numbered(file.with_stem(f"{file.stem}-before"))
+                         if not path.exists())
+            file.rename(aside)
+            print(f"{folder} has no checkpoint, so the run begins anew; the earlier {file.name} is "
+                  f"now {aside}", file=sys.stderr)
+            lines = []
         # A last line that a kill has cut short belongs to a step after the checkpoint.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
         replace_file(file, "".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: folders checkpoints/step-N, which are whole or not there
+# Checkpoints: folders checkpoints/step-N, which are whole or not there. They hold safetensors, a
+# file for each process, because the usual format of DCP has a pickle, which can run code.
+
+def _tensors(model_state: dict, optimizer_state: dict | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name. The options set all else that an optimiser has."""
+    found = {f"model.{name}": tensor for name, tensor in model_state.items()}
+    for parameter, state in (optimizer_state or {"state": {}})["state"].items():
+        # Slices of safetensors have at least one dimension.
+        found |= {f"optimizer.{parameter}.{name}": tensor if tensor.ndim else tensor.view(1)
+                  for name, tensor in state.items()}
+    return found
+
+
+def read_checkpoint(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Reads a checkpoint into these tensors."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+
+
+def read_model(checkpoint: Path, model) -> None:
+    """Reads the model of a checkpoint into this one. Raises ValueError if it is damaged."""
+    tensors = _tensors(model.state_dict())
+    problem = _damage(checkpoint, tensors)
+    require(not problem, f"{checkpoint} is damaged ({problem})")
+    read_checkpoint(checkpoint, tensors)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):   # it quotes the traceback of every process
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
 
 def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> None:
     """Writes checkpoints/step-N and deletes all but the newest `keep`. Every process calls it."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    tensors = _tensors(*get_state_dict(model, optimizer))
     final = folder / "checkpoints" / f"step-{step}"
     aside = final.with_name(f".{final.name}.partial")
     if is_main():
@@ -149,7 +191,8 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
             shutil.rmtree(leftover, ignore_errors=True)
     barrier()
     try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
     except BaseException:   # mostly a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -165,7 +208,9 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=step_of)
+    found = [path for path in (folder / "checkpoints").glob("step-*")
+             if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -173,21 +218,57 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_checkpoint(folder: Path, model, optimizer) -> int:
-    """Loads the newest checkpoint, written by any number of processes; returns its step, or 0.
+    """Loads the newest whole checkpoint, of any number of processes; returns its step, or 0.
 
-    Raises ValueError for a finished run without a checkpoint.
+    A damaged one is renamed, with a message. Raises ValueError for a finished run without a
+    checkpoint, and if all are damaged.
     """
-    newest = on_main(lambda: (find_checkpoints(folder) or [None])[-1])
-    if newest is None:
+    checkpoints = on_main(lambda: find_checkpoints(folder))
+    if not checkpoints:
         require(not (folder / "final").exists(),
                 f"{folder} is a finished run without a checkpoint to go on from")
         return 0
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=model_state,
-                   optim_state_dict=optimizer_state)
-    optimizer.put_all_away()
-    return step_of(newest)
+    tensors = _tensors(model_state, optimizer_state)
+    for checkpoint in reversed(checkpoints):
+        if on_main(lambda path=checkpoint: _set_aside_if_damaged(path, tensors)):
+            continue
+        read_checkpoint(checkpoint, tensors)
+        set_state_dict(model, optimizer, model_state_dict=model_state,
+                       optim_state_dict=optimizer_state)
+        optimizer.put_all_away()
+        return step_of(checkpoint)
+    raise ValueError(f"{folder} has no whole checkpoint to go on from; the damaged ones are in "
+                     f"{folder / 'checkpoints'}. Give another --output-dir")
+
+
+def _set_aside_if_damaged(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> bool:
+    problem = _damage(checkpoint, tensors)
+    if problem:
+        aside = next(path for path in numbered(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+                     if not path.exists())
+        checkpoint.rename(aside)
+        print(f"{checkpoint} is damaged ({problem}); it is now {aside}, and the run goes on from "
+              f"an earlier one", file=sys.stderr)
+    return bool(problem)
+
+
+def _damage(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """What is wrong with a checkpoint; "" if it has these tensors."""
+    if (checkpoint / ".metadata").exists():
+        return "it has a pickle, which may run code, so it is not read"
+    try:   # this reads the beginning of each file and compares its length
+        metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+    except Exception as error:
+        return _first_line(error)
+    for name, tensor in tensors.items():
+        found: Any = metadata.state_dict_metadata.get(name)
+        if found is None:
+            return f"{name} is missing"
+        parts = sum(math.prod(chunk.sizes) for chunk in found.chunks)
+        if found.size != tensor.size() or parts < tensor.numel():
+            return f"{name} has {parts} numbers, not {tensor.numel()}"
+    return ""
 
 
 def find_model(path: str) -> tuple[Path | str, Path | None]:
@@ -207,7 +288,8 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
         folder = checkpoints[-1]
         if is_main():
             print(f"{path} is not finished: this is {folder.name}")
-    if not (folder / ".metadata").is_file():
+    if folder.parent.name != "checkpoints" or not re.fullmatch(r"(damaged-)?step-[0-9-]+",
+                                                               folder.name):
         return folder if path == "tiny" else path, None
     config = folder.parent.parent / "config.yaml"
     if not config.is_file():
@@ -284,10 +366,8 @@ def messages_on_exit(folder: Path, reward_error: type[Exception]):
         print(f"train.py: error: {error}. When it is mended, go on with: {go_on}", file=sys.stderr)
         os._exit(1)
     except (OSError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):   # it quotes the traceback of every process
-            error = next(iter(error.failures.values()))[0]
         free = shutil.disk_usage(folder).free / 1e9
-        print(f"train.py: error: {folder} could not be written ({str(error).splitlines()[0]}); "
+        print(f"train.py: error: {folder} could not be written ({_first_line(error)}); "
               f"{free:.3f} GB are free there. The files there are whole; when it can be written, "
               f"go on with: {go_on}", file=sys.stderr)
         os._exit(1)
@@ -425,8 +505,7 @@ def _when_read_files_changed(options: EvaluationOptions, cases: list) -> dict[st
         paths.append(Path(options.reward.rpartition(":")[0]))
     # Only those files of a model folder, run or checkpoint count that are loaded, not those that an
     # evaluation writes there.
-    patterns = ("*.safetensors", "tokenizer*", "config.*", ".metadata", "final/*",
-                "checkpoints/*/.metadata")
+    patterns = ("*.safetensors", "tokenizer*", "config.*", "final/*", "checkpoints/*/*.safetensors")
     times = {}
     for path in paths:
         if path.exists():

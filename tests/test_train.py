@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -26,6 +27,7 @@ import train as trainer
 from distributed import AdamW, micro_batches, round_at_random
 from model_utils import load_model
 from options import parse_training, resolve
+from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -178,7 +180,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processe
     (folder / "checkpoints" / ".step-4.partial").mkdir()   # a kill during writing leaves this
     (folder / "metrics.jsonl").open("a").write('{"step": 5, "rewa')
     run_script("train.py", "--resume", "--output-dir", folder, processes=processes)
-    assert (folder / "checkpoints" / "step-4" / ".metadata").is_file()
+    assert list((folder / "checkpoints" / "step-4").glob("*.safetensors"))
     if processes == 1:
         assert metrics_of(folder) == metrics_of(whole_run)
         for name, tensor in weights_of(whole_run).items():
@@ -186,6 +188,79 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processe
     else:
         for one, two in zip(metrics_of(whole_run), metrics_of(folder), strict=True):
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+def cut(checkpoint):
+    file = next(checkpoint.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_its_files(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def of_another_model(checkpoint):
+    for file in checkpoint.glob("*.safetensors"):
+        file.unlink()
+    shutil.copy(TINY / "model" / "model.safetensors", checkpoint)
+
+
+class Executes:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["ICPO_TEST_FOLDER"],)
+
+
+def with_a_pickle(checkpoint):
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Executes()))
+
+
+@pytest.mark.parametrize("damage", [cut, without_its_files, of_another_model, with_a_pickle])
+def test_the_checkpoint_before_a_damaged_one_serves(whole_run, tmp_path, monkeypatch, capsys,
+                                                    damage):
+    monkeypatch.setenv("ICPO_TEST_FOLDER", str(tmp_path / "executed"))
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    (folder / "checkpoints" / "step-3-kept").mkdir()   # a stray folder is no checkpoint
+    damage(folder / "checkpoints" / "step-4")
+    with pytest.raises(ValueError, match="step-4 is damaged|step-4 has"):
+        prepare_eval_model(folder / "checkpoints" / "step-4")
+    run = prepare(folder, "--resume")
+    assert run.start == 2
+    assert "step-4 is damaged" in capsys.readouterr().err
+    assert (folder / "checkpoints" / "damaged-step-4").is_dir()
+    trainer.train(run)
+    assert metrics_of(folder) == metrics_of(whole_run)
+    assert not (tmp_path / "executed").exists()
+
+
+def prepare_eval_model(checkpoint):
+    return load_any_model(str(checkpoint), torch.device("cpu"), torch.float32)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    for step in (2, 4):
+        cut(folder / "checkpoints" / f"step-{step}")
+    before = metrics_of(folder)
+    with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
+        prepare(folder, "--resume")
+    assert metrics_of(folder) == before
+
+
+def test_a_run_without_checkpoints_begins_anew_and_keeps_its_metrics(whole_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "final")
+    run = prepare(folder, "--resume")
+    assert run.start == 0 and metrics_of(folder) == []
+    said = capsys.readouterr().err
+    assert "has no checkpoint, so the run begins anew" in said and "metrics-before.jsonl" in said
+    for name in ("metrics", "samples"):
+        kept = (folder / f"{name}-before.jsonl").read_text()
+        assert kept == (whole_run / f"{name}.jsonl").read_text()
 
 
 def test_a_run_killed_in_the_middle_goes_on(tmp_path):
@@ -222,7 +297,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
         said, _ = process.communicate(timeout=120)
         done = len(metrics_of(folder))
         assert process.returncode == 0 and done > steps
-        assert (folder / "checkpoints" / f"step-{done}" / ".metadata").is_file()
+        assert list((folder / "checkpoints" / f"step-{done}").glob("*.safetensors"))
         if done < 4:
             assert (f"stopped after step {done} of 4; go on with: torchrun train.py --resume "
                     f"--output-dir {folder}") in said

@@ -124,6 +124,15 @@ class PromptBuilder:
         if (self.chat_template or self.demo_chat_template) and not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; give --chat-template false "
                              "--demo-chat-template false")
+        if self.chat_template or self.demo_chat_template:
+            try:
+                shown = self._in_turn("What is 1+1?")
+            except Exception as error:   # a template is a program
+                raise ValueError(f"the tokenizer's chat template fails ({error}); give "
+                                 f"--chat-template false --demo-chat-template false") from None
+            if "What is 1+1?" not in shown:
+                raise ValueError("the tokenizer's chat template leaves out the question; give "
+                                 "--chat-template false --demo-chat-template false")
 
     def plain(self, problem: Problem) -> list[int]:
         """q, the prompt on which the objective conditions every response."""
@@ -163,9 +172,12 @@ class PromptBuilder:
     def _encode(self, text: str, chat_template: bool) -> list[int]:
         if not chat_template:
             return self.tokenizer.encode(text)
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
+        return self.tokenizer.encode(self._in_turn(text), add_special_tokens=False)
+
+    def _in_turn(self, text: str) -> str:
+        """The text as a user's turn of the chat template."""
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
                                                   tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 class Demonstrations:

@@ -7,6 +7,7 @@ declaration says whether a run that is resumed may change it.
 import argparse
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -111,9 +112,20 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# What other trainers call these options.
+_ELSEWHERE = {"num_generations": "n_on", "max_completion_length": "max_new_tokens",
+              "beta": "kl_coef", "num_train_epochs": "steps", "max_steps": "steps",
+              "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
+              "val_data": "test_data", "val_files": "test_data", "train_files": "train_data",
+              "lr": "learning_rate", "max_grad_norm": "grad_clip", "epsilon": "clip_low",
+              "epsilon_high": "clip_high", "model_name_or_path": "model"}
+
+
 def did_you_mean(word: str, options, prefix: str = "") -> str:
     word = word.lstrip("-").split("=")[0].replace("-", "_")
-    close = difflib.get_close_matches(word, [each.name for each in fields(options)], 1)
+    names = [each.name for each in fields(options)]
+    close = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in names else (
+        difflib.get_close_matches(word, names, 1))
     shown = [flag(name)[2:] if prefix else name for name in close]
     return f"; did you mean {prefix}{shown[0]}?" if shown else ""
 
@@ -124,7 +136,7 @@ def require(condition, message: str) -> None:
 
 
 def check_ranges(options) -> None:
-    """Raises ValueError for a value outside the range that its option declares."""
+    """Raises ValueError for a value outside the range that its option declares, inf and nan."""
     def range_of(hint) -> Range | None:
         if hasattr(hint, "__metadata__"):
             return hint.__metadata__[0]
@@ -133,6 +145,8 @@ def check_ranges(options) -> None:
     for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
         values, limits = getattr(options, name), range_of(hint)
         for value in values if isinstance(values, list) else [values]:
+            require(not isinstance(value, float) or math.isfinite(value),
+                    f"{flag(name)} must be a finite number, not {value}")
             require(limits is None or value is None or limits.holds(value),
                     f"{flag(name)} must be {limits and limits.words}, not {value}")
 
@@ -355,15 +369,29 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
         file = Path(arguments[0])
         if not file.is_file():
             parser.error(f"no configuration file at {file}")
-        settings = yaml.safe_load(file.read_text()) or {}
+        try:
+            settings = yaml.load(file.read_text(), _OptionLoader) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"{file} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(settings, dict):
             parser.error(f"{file}: lines of the form 'option: value' were expected")
-        for name in settings:
+        for name in map(str, settings):
             if name not in TrainingOptions.__dataclass_fields__:
                 parser.error(f"{file}: unknown option {name!r}"
                              f"{did_you_mean(name, TrainingOptions)}")
         arguments = _as_arguments(settings) + arguments[1:]
     return parser.parse(_as_arguments(saved or {}) + arguments)
+
+
+class _OptionLoader(yaml.SafeLoader):
+    """YAML in which a key may stand once only."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 def _as_arguments(settings: dict) -> list[str]:
@@ -396,6 +424,8 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
     require(o.group == "append" or o.n_off <= o.n_on,
             f"--n-off {o.n_off} responses cannot replace --n-on {o.n_on}; give at most as many, or "
             f"--group append")
+    size = o.n_on + (o.n_off if o.group == "append" else 0)
+    require(size > 1, "a group of one response has no advantage: give --n-on of at least 2")
     require(o.off_policy != "dataset" or o.off_policy_denominator == "one",
             "responses of a data set have no known behaviour policy: give "
             "--off-policy-denominator one")

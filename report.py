@@ -133,6 +133,11 @@ def say_results(run: "Run", accuracies: list[float]) -> None:
     if not is_main():
         return
     draw([run.folder], run.folder / "curves.png")
+    skipped = [row["skipped_updates"] for row in read_metrics(run.folder)
+               if "skipped_updates" in row]
+    if run.options.steps and all(skipped):
+        print("no step changed the model: the loss or gradient of each was not finite; see "
+              f"{run.folder}/skipped-step-*.jsonl")
     for what, name in (("trained model", "final"), ("metrics", "metrics.jsonl"),
                        ("curves", "curves.png")):
         print(f"{what + ':':<15}{run.folder / name}")

@@ -455,6 +455,13 @@ def open_output(output: Path, options: EvaluationOptions,
     about = output.with_suffix(".json")
     if not output.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {output.absolute().parent} for --output")
+    for file in (output, about, output.with_suffix(".png")):
+        require(not file.is_symlink() and (file.is_file() or not file.exists()),
+                f"{file} is no plain file, so the evaluation is not written there: give another "
+                f"--output")
+    require(about.is_file() or not output.with_suffix(".png").exists(),
+            f"{output.with_suffix('.png')}, the picture's file, is there, but no {about} of an "
+            f"evaluation that drew it: give another --output")
     settings = settings_that_stay(options) | {"changed": _when_read_files_changed(options, cases)}
     lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
     if lines and not about.is_file():

@@ -46,6 +46,7 @@ from options import (
 from reward import Notes, extract_answer, make_scorer, references
 from rollout import Sampler, choose_slots
 from runs import (
+    check_fingerprint,
     check_settings,
     choose_folder,
     find_model,
@@ -107,6 +108,7 @@ def prepare(arguments: list[str]) -> Run:
         require(not on or device.type == "cuda",
                 f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
     check_settings(folder, saved or {}, o)
+    on_main(lambda: check_fingerprint(folder, o) if saved else None)
     o.output_dir = str(folder)
     return_freed_memory(device)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 
 from distributed import barrier, is_main, on_main, rank, world_size
-from options import EvaluationOptions, TrainingOptions, embedded, require, settings_that_stay
+from options import EvaluationOptions, TrainingOptions, embedded, flag, require, settings_that_stay
 
 # DCP says this in a run of one process, which needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
@@ -106,6 +107,32 @@ def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
                 f"out, or start another run")
 
 
+def _fingerprint(options: TrainingOptions) -> dict:
+    """What a resumed run must find as it was: the settings, and hashes of the data files."""
+    files = {"train_data": "train.jsonl", "test_data": "test.jsonl"}
+    if options.off_policy == "demonstrations":
+        files["demonstrations"] = "demonstrations.jsonl"
+    return {"settings": settings_that_stay(options), "files": {
+        name: hashlib.sha256(Path(embedded(getattr(options, name), file)).read_bytes()).hexdigest()
+        for name, file in files.items()}}
+
+
+def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
+    """Raises ValueError if config.yaml was edited, or a data file changed, since the run began."""
+    file = folder / "fingerprint.json"
+    if not file.is_file():   # a run of an earlier version
+        return
+    then, now = json.loads(file.read_text()), _fingerprint(options)
+    for name, value in then["settings"].items():
+        require(now["settings"].get(name) == value,
+                f"{folder / 'config.yaml'} was edited: {name} was {value}, not "
+                f"{now['settings'].get(name)}; undo that, or start another run")
+    for name, value in then["files"].items():
+        require(now["files"].get(name) == value,
+                f"{getattr(options, name)} ({flag(name)}) is not the file with which {folder} was "
+                f"run; put that back, or start another run")
+
+
 def lock_folder(folder: Path) -> int | None:
     """Holds the run's folder until this process ends or closes the lock, which it returns.
 
@@ -125,7 +152,7 @@ def lock_folder(folder: Path) -> int | None:
 
 
 def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
-    """Writes config.yaml and drops the metrics and samples of steps after the first `steps`.
+    """Writes config.yaml and fingerprint.json; drops metrics and samples after step `steps`.
 
     A resumed run makes those steps again. Without a checkpoint it begins anew, and the earlier
     files are renamed, with a message.
@@ -133,6 +160,7 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     settings = {name: value for name, value in asdict(options).items()
                 if name not in ("resume", "output_dir")}
     replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    replace_file(folder / "fingerprint.json", json.dumps(_fingerprint(options), indent=1) + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []

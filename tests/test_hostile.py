@@ -5,10 +5,11 @@ import os
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import train as trainer
 from data import Problem, PromptBuilder
-from options import EvaluationOptions
+from options import TINY, EvaluationOptions
 from runs import open_output
 
 
@@ -64,9 +65,6 @@ def test_configuration_files_that_cannot_be_right(tmp_path, capsys, text, words)
     ("{{ raise_exception('only with tools') }}", "chat template fails (only with tools)"),
 ])
 def test_chat_templates_that_cannot_be_used(template, words):
-    from transformers import AutoTokenizer
-
-    from options import TINY
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = template
     with pytest.raises(ValueError) as caught:
@@ -88,6 +86,28 @@ def test_an_evaluation_replaces_no_file_that_it_did_not_write(tmp_path):
             open_output(tmp_path / name, options, [])
     assert kept.read_text() == (tmp_path / "drawing.png").read_text() == "precious"
     assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "pipe.jsonl").is_fifo()
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_data_only(tmp_path):
+    data, folder = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text((TINY / "train.jsonl").read_text())
+    start = ["--batch-size", "4", "--n-on", "4", "--eval-every", "0", "--checkpoint-every", "1",
+             "--output-dir", str(folder)]
+    trainer.train(trainer.prepare([*start, "--steps", "1", "--train-data", str(data)]))
+    metrics, config = (folder / "metrics.jsonl").read_bytes(), folder / "config.yaml"
+    resume = ["--resume", "--steps", "2", "--output-dir", str(folder)]
+
+    text = config.read_text()
+    config.write_text(text.replace("clip_high: 0.2", "clip_high: 0.3"))
+    with pytest.raises(ValueError, match="config.yaml was edited: clip_high was 0.2, not 0.3"):
+        trainer.prepare(resume)
+    config.write_text(text)
+    data.write_text(data.read_text().replace("+", "-", 1))
+    with pytest.raises(ValueError, match=r"data.jsonl \(--train-data\) is not the file with which"):
+        trainer.prepare(resume)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    data.write_text((TINY / "train.jsonl").read_text())
+    assert trainer.prepare(resume).start == 1
 
 
 def test_a_run_that_changed_nothing_says_so(tmp_path, capsys, monkeypatch):

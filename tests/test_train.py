@@ -471,7 +471,8 @@ def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
 
 def test_a_run_folder_holds_all_files_and_metrics(whole_run):
     assert {path.name for path in whole_run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "final", "curves.png"}
+        "config.yaml", "fingerprint.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final",
+        "curves.png"}
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction",

@@ -48,7 +48,7 @@ from rollout import Sampler, choose_slots
 from runs import (
     check_fingerprint,
     check_settings,
-    choose_folder,
+    choose_usable_folder,
     find_model,
     load_checkpoint,
     lock_folder,
@@ -100,7 +100,7 @@ def prepare(arguments: list[str]) -> Run:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun restarts dead processes
         o.resume = True
     init_distributed(o.device)
-    folder, saved = on_main(lambda: choose_folder(o))
+    folder, saved = on_main(lambda: choose_usable_folder(o))
     o = resolve(parse_training(arguments, saved) if saved else o, world_size())
     device = init_distributed(o.device, needed=o.dtype != "float32" or o.offload_reference)
     for name, on in (("--offload-reference true", o.offload_reference),

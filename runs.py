@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,6 +98,27 @@ def choose_folder(options: TrainingOptions) -> tuple[Path, dict | None]:
     if options.resume:
         print(f"nothing to resume in {options.output_dir or 'runs'}: starting from the first step")
     return folder, None
+
+
+def choose_usable_folder(options: TrainingOptions) -> tuple[Path, dict | None]:
+    """choose_folder, after a look whether files can be written there. Raises ValueError."""
+    folder = Path(options.output_dir or "runs")
+    try:
+        folder, saved = choose_folder(options)
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        finally:
+            for path in missing:   # a later mistake leaves nothing behind
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    except (OSError, RuntimeError) as error:   # Python 3.11 raises RuntimeError for a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder} cannot be the folder of a run ({why}): give another "
+                         f"--output-dir") from None
+    return folder, saved
 
 
 def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:

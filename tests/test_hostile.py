@@ -43,6 +43,34 @@ def test_options_that_cannot_be_right(tmp_path, capsys, arguments, words):
     assert not (tmp_path / "run").exists()
 
 
+def a_file(path):
+    path.write_text("precious")
+    return path
+
+
+def below_a_file(path):
+    return a_file(path) / "run"
+
+
+def a_loop_of_links(path):
+    path.symlink_to(path)
+    return path
+
+
+def too_long(path):
+    return path / ("x" * 300)
+
+
+@pytest.mark.parametrize("make", [a_file, below_a_file, a_loop_of_links, too_long])
+def test_folders_that_cannot_hold_a_run(tmp_path, capsys, make):
+    folder = make(tmp_path / "run")
+    before = sorted(tmp_path.iterdir())
+    said = mistake(["--output-dir", folder], capsys)
+    assert f"{folder} cannot be the folder of a run" in said and "another --output-dir" in said
+    assert sorted(tmp_path.iterdir()) == before
+    assert not (tmp_path / "run").is_file() or (tmp_path / "run").read_text() == "precious"
+
+
 @pytest.mark.parametrize("text, words", [
     ("steps: 3\nsteps: 4\n", "'steps' stands there twice"),
     ("steps:\t3\n\tseed: 1\n", "is not valid YAML"),

@@ -161,16 +161,32 @@ def lock_folder(folder: Path) -> int | None:
     Returns None where the file system has no locks. Raises ValueError if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    return _lock(folder, "another process is training there now")
+
+
+def _lock(path: Path, busy: str) -> int | None:
+    lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise ValueError(f"{folder} is in use: another process is training there now") from None
+        raise ValueError(f"{path} is in use: {busy}") from None
     except OSError:   # some network file systems cannot lock
         os.close(lock)
         return None
     return lock
+
+
+_held: dict[Path, int | None] = {}   # locks on the samples of evaluations, until this process ends
+
+
+def _hold(file: Path) -> None:
+    """Locks the file, or the one that has replaced it. Raises ValueError if it is in use."""
+    before = _held.pop(file, None)
+    if before is not None:
+        os.close(before)
+    if file.is_file():
+        _held[file] = _lock(file, "another evaluation is writing there now")
 
 
 def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
@@ -512,6 +528,7 @@ def open_output(output: Path, options: EvaluationOptions,
     require(about.is_file() or not output.with_suffix(".png").exists(),
             f"{output.with_suffix('.png')}, the picture's file, is there, but no {about} of an "
             f"evaluation that drew it: give another --output")
+    _hold(output.absolute())
     settings = settings_that_stay(options) | {"changed": _when_read_files_changed(options, cases)}
     lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
     if lines and not about.is_file():
@@ -535,6 +552,7 @@ def open_output(output: Path, options: EvaluationOptions,
         settings["changed"] = old.get("changed", {}) | settings["changed"]
     replace_file(output, "".join(json.dumps(record) + "\n"
                                  for records in found.values() for record in records))
+    _hold(output.absolute())
     replace_file(about, json.dumps({"settings": settings, "rows": []}, indent=1) + "\n")
     return found
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from processes import run as run_script
 from transformers import AutoTokenizer
 
 import train as trainer
@@ -114,6 +115,14 @@ def test_an_evaluation_replaces_no_file_that_it_did_not_write(tmp_path):
             open_output(tmp_path / name, options, [])
     assert kept.read_text() == (tmp_path / "drawing.png").read_text() == "precious"
     assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "pipe.jsonl").is_fifo()
+
+
+def test_an_evaluation_that_runs_is_not_started_again(tmp_path):
+    output = tmp_path / "samples.jsonl"
+    open_output(output, EvaluationOptions(output=str(output)), [])
+    again = run_script("eval.py", "--limit", "2", "--output", output, check=False)
+    assert again.returncode == 2
+    assert "is in use: another evaluation is writing there now" in again.stderr
 
 
 def test_a_run_is_resumed_with_its_own_settings_and_data_only(tmp_path):

@@ -74,6 +74,22 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     }
 
 
+def step_bar(run: "Run") -> tqdm:
+    """The progress bar of training. Without a terminal there is none; write_rows prints lines."""
+    o = run.options
+    return tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method,
+                disable=not is_main() or not sys.stderr.isatty())
+
+
+def _line(metrics: dict, steps: int) -> str:
+    """One step in one readable line."""
+    shown = [f"{name} {metrics[key]:{form}}" for name, key, form in (
+        ("reward", "reward_on", ".2f"), ("off-policy reward", "reward_off", ".2f"),
+        ("accuracy", "eval_accuracy", ".1%"), ("length", "response_length", ".1f"),
+        ("seconds", "step_seconds", ".1f")) if metrics.get(key) is not None]
+    return f"step {metrics['step']}/{steps}: {', '.join(shown)}"
+
+
 def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
     """Appends to metrics.jsonl and samples.jsonl; writes the whole batch of a skipped step.
 
@@ -105,6 +121,8 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             file = run.folder / f"skipped-step-{step}.jsonl"
             file.unlink(missing_ok=True)   # a run that was resumed may have left one
             append_lines(file, skipped)
+        if not sys.stderr.isatty():
+            print(_line(metrics, o.steps), file=sys.stderr, flush=True)
         if metrics["answered"] == 0 and step <= 3 and not o.reward:
             tqdm.write(f"warning: no response of step {step} has a final answer of the form "
                        f"--answer-format {o.answer_format}, so none can earn; "

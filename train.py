@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import distributed
 import icpo
@@ -301,8 +300,7 @@ def held_out_accuracy(run: Run) -> float:
 def train(run: Run) -> None:
     """Makes all steps from run.start on, or until a signal. Errors: see messages_on_exit."""
     o, skipped, accuracies = run.options, 0, report.read_accuracies(run.folder)
-    with (runs.stop_on_signal() as stop, tqdm(total=o.steps, initial=run.start, unit="step",
-                                              desc=o.method, disable=not is_main()) as bar):
+    with runs.stop_on_signal() as stop, report.step_bar(run) as bar:
         def say(phase: str) -> None:
             bar.set_description(f"{o.method}, {phase}")
 

@@ -662,5 +662,7 @@ def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
             text = json.dumps(model.generation_config, indent=2) + "\n"
             (aside / "generation_config.json").write_text(text)
         tokenizer.save_pretrained(aside)
+        for file in aside.glob("*.safetensors"):   # the library lets only the owner read them
+            file.chmod((aside / "config.json").stat().st_mode)
         aside.rename(path)
     barrier()

@@ -175,7 +175,8 @@ _data, _method, _loss, _sample, _optim, _eval, _run = (
 class SharedOptions:
     """Options of training and evaluation alike."""
 
-    model: str = _data("tiny", "Hugging Face folder, hub name, or tiny (the embedded default)")
+    model: str = _data("tiny", "Hugging Face folder, hub name, run of train.py, one of its "
+                       "checkpoints, or tiny (the embedded default)")
     demonstrations: str = _data("tiny", "JSONL file of worked problems to draw from, or tiny")
     answer_lists: Literal["any", "all"] = _data(
         "any", "of an answer that is a list, any is right, or only all of them together")
@@ -315,8 +316,6 @@ class TrainingOptions(SharedOptions):
 class EvaluationOptions(SharedOptions):
     """Options of eval.py."""
 
-    model: str = _data("tiny", "Hugging Face folder, hub name, run of train.py, one of its "
-                       "checkpoints, or tiny (the embedded default, untrained)")
     max_prompt_length: Count = _data(
         4096, "longest prompt in tokens; problems beyond it are left out and counted")
     max_new_tokens: Natural = _sample(

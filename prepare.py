@@ -117,7 +117,7 @@ def prepare(arguments: list[str]) -> Run:
     needs = ("expert_response",) if o.off_policy == "dataset" else ()
     problems = load_problems(embedded(o.train_data, "train.jsonl"), needs, o.answer_lists)
     held_out = load_problems(embedded(o.test_data, "test.jsonl"), (), o.answer_lists)
-    model, tokenizer = load_model(embedded(o.model, "model"), device)
+    model, tokenizer = load_any_model(o.model, device, torch.float32)
     _check_model(o, model, tokenizer)
     builder = make_builder(o, tokenizer)
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)

@@ -379,6 +379,14 @@ def test_a_run_is_repeated_from_its_config(whole_run, tmp_path):
     assert metrics_of(tmp_path / "again") == metrics_of(whole_run)
 
 
+@pytest.mark.parametrize("part, step", [("", 4), ("checkpoints/step-2", 2)])
+def test_a_run_begins_with_the_model_of_another(whole_run, tmp_path, part, step):
+    run = prepare(tmp_path / "next", "--model", whole_run / part)
+    model, _ = load_any_model(str(whole_run / "checkpoints" / f"step-{step}"),
+                              torch.device("cpu"), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), model.parameters()))
+
+
 def test_bfloat16_moments_train_alike_and_resume(tmp_path):
     """The weights stay close to those with float32 moments, and a resumed run equals an
     uninterrupted one."""
@@ -485,6 +493,8 @@ def test_a_run_folder_holds_all_files_and_metrics(whole_run):
     assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer compute the same
     assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     load_model(whole_run / "final")
+    modes = {file.stat().st_mode for file in (whole_run / "final").iterdir()}
+    assert len(modes) == 1   # others may read the weights if they may read the rest
 
 
 @pytest.mark.parametrize("arguments, off_policy, sampled, kept", [

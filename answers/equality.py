@@ -102,7 +102,7 @@ def same(a: Any, b: Any, algebra: Algebra) -> bool | None:
         return a.text == b.text and (not mixed or a.written == b.written)
     for one, other in ((a, b), (b, a)):
         if isinstance(one, Words) and isinstance(other, Quantity):
-            return bool(one.product) and other.value is None and algebra(
+            return bool(one.product) and other.value is None and not other.unit and algebra(
                 one.product, other.text, "")
         if isinstance(one, Form) and one.kind == "choice" and isinstance(other, Words):
             return one.parts[0] == other.text

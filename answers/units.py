@@ -96,6 +96,8 @@ def read_unit(text: str) -> tuple[str, int] | None:
             if not found or not found[-1][0].isalpha() and not (
                     token["over"] and found[-1].startswith("^")):
                 return None
+            if token["power"] and found[-1].split()[0] in ("percent", "degree", "dollar", "cent"):
+                return None   # (40%)^2 is not 40
             found += [] if token["hyphen"] else [(token["power"] or "/").strip()]
         elif word.lower() in _MAGNITUDES:
             if any(found):

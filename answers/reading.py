@@ -88,18 +88,21 @@ _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_FIRST = [(re.compile(pattern), same) for pattern, same in (
+_FIRST = [(re.compile(pattern), same) for pattern, same in (   # while braces and √ are as written
     (r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\\sqrt{\1}"), (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\begin\{array\}\s*\{[^{}]*\}|\\begin\{smallmatrix\}", r"\\begin{matrix}"),
     (r"\\end\{(?:array|smallmatrix)\}", r"\\end{matrix}"))]
 _ALIKE = [(re.compile(pattern), same) for pattern, same in (
+    # Signs of units and primes
     (r"\\AA(?![a-zA-Z])", " angstrom"), (r"\\cents?(?![a-zA-Z])", " cents"),
     (r"\\text\s*\{\s*\\textdollar\s*\}", r"\\$"), (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+    # Sizes, colours and space
     (r"\\(?:left|right)\s*\.", ""),
     (r"\\(?:left|right|displaystyle|textstyle|limits|[Bb]igg?[lr]?|[Ll]arge|boldsymbol|bm)"
      r"(?![a-zA-Z])", ""), (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\s*\{[^{}]*\}", ""),
+    # Fonts: what is upright is \\text, and functions, numbers and constants in \\text are none
     (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*([^{}]*)\}", r"\\text{\1}"),
     (r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)|mathrm|mbox|emph|rm)\s*\{", r"\\text{"),
     (r"\\(?:math|text)?(?:bf|it|sf)\s*(?:\{([^{}a-zA-Z]*)\}|(?=[0-9]))", r"\1"),
@@ -108,12 +111,14 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
     (r"\\text\s*\{\s*([-0-9.,ie/]*)\s*\}", r" \1"), (r"\\lbrack(?![a-zA-Z])", "["),
     (r"\\rbrack(?![a-zA-Z])", "]"), (r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"), (r"\{,\}", ","), (r"\\!\s*", ""),
+    # Relations, sets, infinity
     (r"\\leq(?:slant)?(?![a-zA-Z])|<=", r"\\le "), (r"\\geq(?:slant)?(?![a-zA-Z])|>=", r"\\ge "),
     (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"), (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
     (r"\\l?(?:or|vee)(?![a-zA-Z])", " or "), (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
     (r"\+/-|(?:^|(?<==))\s*\+-", r"\\pm "),
     (r"(?<![a-zA-Z\\])(?:inf|infinity|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<=[)\]}]) ?U ?(?=[(\[\\])", r"\\cup "), (r"\\[lr]angle(?![a-zA-Z])", r"\g<0> "),
+    # Degrees and percent
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|(?<=[0-9])\s*\\circ(?![a-zA-Z])"
      r"|\^?\s*\\(?:degrees?|deg)(?![a-zA-Z])|\\textdegree", r"^\\circ "),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"), (r"\\rbrace(?![a-zA-Z])", r"\\}"),

@@ -102,7 +102,7 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
     (r"\\(?:left|right)\s*\.", ""),
     (r"\\(?:left|right|displaystyle|textstyle|limits|[Bb]igg?[lr]?|[Ll]arge|boldsymbol|bm)"
      r"(?![a-zA-Z])", ""), (r"\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\s*\{[^{}]*\}", ""),
-    # Fonts: what is upright is \\text, and functions, numbers and constants in \\text are none
+    # Fonts: upright letters become \text; functions, numbers and constants leave it
     (r"\{\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*([^{}]*)\}", r"\\text{\1}"),
     (r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)|mathrm|mbox|emph|rm)\s*\{", r"\\text{"),
     (r"\\(?:math|text)?(?:bf|it|sf)\s*(?:\{([^{}a-zA-Z]*)\}|(?=[0-9]))", r"\1"),

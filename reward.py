@@ -4,8 +4,8 @@
 
     python reward.py --check data.jsonl     # lists the references that this reward cannot check
 
-The final answer is the last box of the response. answers.py has the rules of equality; what needs
-algebra goes to the worker processes of verify.py.
+The final answer is the last box of the response. The package answers has the rules of equality;
+what needs algebra goes to the worker processes of verify.py.
 """
 
 import argparse

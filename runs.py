@@ -198,7 +198,9 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     settings = {name: value for name, value in asdict(options).items()
                 if name not in ("resume", "output_dir")}
     replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    replace_file(folder / "fingerprint.json", json.dumps(_fingerprint(options), indent=1) + "\n")
+    fingerprint = folder / "fingerprint.json"
+    if not fingerprint.is_file():   # else check_fingerprint has found it equal
+        replace_file(fingerprint, json.dumps(_fingerprint(options), indent=1) + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []

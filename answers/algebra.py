@@ -78,9 +78,8 @@ def _equal_numbers(x: sympy.Expr, y: sympy.Expr) -> bool | None:
 
 
 def _large(x: sympy.Expr) -> bool:
-    """Whether it has large integers, exponents or factorials."""
-    exponents: list[Any] = [each.args[-1] for each in x.atoms(
-        sympy.Pow, sympy.Function)]
+    """Whether it has large integers, exponents or arguments."""
+    exponents: list[Any] = [each.args[-1] for each in x.atoms(sympy.Pow, sympy.Function)]
     return (any(abs(each) > 10 ** 50 for each in x.atoms(sympy.Rational))
             or any(abs(each.evalf(15)) > 200 for each in exponents))
 
@@ -121,7 +120,7 @@ def _bits(value: Fraction) -> int:
 # Functions
 
 def _equal_functions(x: sympy.Expr, y: sympy.Expr, sign: str) -> bool | None:
-    """Whether they agree at points where both are real, or are both complex and agree."""
+    """Compares them at points. Where both are complex, a point counts only if they agree."""
     variables, rng = sorted(x.free_symbols | y.free_symbols, key=str), random.Random(0)
     rough = _rough(x) or _rough(y)
     needed, agreed, ratio = POINTS * (3 if rough else 1), 0, None
@@ -158,10 +157,11 @@ def _rough(x: sympy.Expr) -> bool:
 
 
 def _coordinate(kind: int, rng: random.Random, scale: int, steps: bool) -> Any:
-    """Small and large numbers, whole ones, and more above 0: roots and logarithms need them.
+    """A number for a variable. `kind` chooses its size and sign, and whether it is whole.
 
-    scale: the largest constant, near which |x - 1000| changes its form.
-    steps: with larger whole ones, which show where a floor or ceiling differs; 2^{2^n} bears none.
+    Most kinds are above 0, because roots and logarithms need that. scale: the largest constant of
+    the expressions, near which |x - 1000| changes its form. steps: whether whole numbers may be
+    larger; they show where a floor or ceiling differs, but 2^{2^n} would take too long.
     """
     low, high, parts = ((0, 4, 1009), (-4, 4, 1009), (1, 12, 1), (0, 60, 1009), (-12, 12, 1),
                         (-3 * scale, 3 * scale, 1009), (1, 40 if steps else 9, 1),

@@ -20,7 +20,8 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta i
             "mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi "
             "Pi Sigma Upsilon Phi Psi Omega ell hbar".split())
 SYMBOL = (r"(?:[a-zA-Z]|\\(?:" + "|".join(sorted(GREEK)) + r")(?![a-zA-Z])"
-          r"|\\(?:vec|hat|bar|overline|dot|ddot|tilde|mathbf|mathit|mathcal)\s*(?:\{[^{}]*\}|[a-zA-Z]))"
+          r"|\\(?:vec|hat|bar|overline|dot|ddot|tilde|mathbf|mathit|mathcal)\s*"
+          r"(?:\{[^{}]*\}|[a-zA-Z]))"
           r"(?:\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|[0-9a-zA-Z]|\\[a-z]+))?'*")
 _PLAIN = re.compile(r"(?<![\\a-zA-Z])(pi|sqrt|" + "|".join(sorted(
     FUNCTIONS | GREEK - {"Pi", "ell", "nu", "mu", "xi", "eta"}, key=len, reverse=True))
@@ -139,7 +140,7 @@ def _items(tokens: list, closing: str) -> list[_Item]:
 
 
 def _value(item: _Item) -> str:
-    """An item to which something is appended."""
+    """The text of an item to which a power, ! or a degree is appended."""
     if item.kind in ("sign", "function", "power", "call"):
         raise _Unclear
     return f"({item.text})" if item.kind == "fraction" else item.text
@@ -177,7 +178,7 @@ def _argument(tokens: list) -> str:
 
 
 def _fraction(tokens: list) -> _Item:
-    r"""\frac{a}{b}; of \frac123 nobody knows what it is."""
+    r"""\frac{a}{b} or \frac12; \frac123 is unclear."""
     top, bottom = _argument(tokens), _argument(tokens)
     if tokens and tokens[-1][0] == "number" and bottom.isdigit():
         raise _Unclear

@@ -30,7 +30,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Words:
-    """Text; of one letter as it is written, else in lower case."""
+    """Text. A single letter keeps its case; longer text is in lower case."""
     text: str
     written: str = ""
     product: str = ""               # what it is as a product of variables, if it may be one
@@ -88,7 +88,8 @@ _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_FIRST = [(re.compile(pattern), same) for pattern, same in (   # while braces and √ are as written
+# These come first, because the later ones change braces and √.
+_FIRST = [(re.compile(pattern), same) for pattern, same in (
     (r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\\sqrt{\1}"), (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -169,8 +170,7 @@ def _symbol(c: str) -> str:
     if "！" <= c <= "～":   # fullwidth forms
         return unicodedata.normalize("NFKC", c)
     if c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞":
-        value = Fraction(unicodedata.numeric(c)).limit_denominator(8)
-        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        return _as_latex(Fraction(unicodedata.numeric(c)).limit_denominator(8))
     name = unicodedata.name(c, "").split()
     if name[:2] == ["GREEK", "SMALL"] or name[:2] == ["GREEK", "CAPITAL"]:
         letter = name[-1].lower().replace("lamda", "lambda")
@@ -238,6 +238,10 @@ _TRAILING = re.compile(r"(?:/?\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?-?[0-9]\}?)?|\
                        r"|(?<=[\w)}!]) [a-zA-Z]{2,}\.?(?:\^\{?[23]\}?)?)$")
 
 
+def _as_latex(value: Fraction) -> str:
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 def read_number(text: str) -> tuple[Quantity, str] | None:
     """The number at the beginning of the text, and what follows it."""
     match = next(filter(None, (pattern.match(text) for pattern in _NUMBERS)), None)
@@ -266,8 +270,7 @@ def read_number(text: str) -> tuple[Quantity, str] | None:
         last = Fraction(10) ** (power - places)
         digits = len(decimal.replace(".", "").lstrip("0")) if places or power else 0
     value = -value if found["sign"] == "-" else value
-    text_of_it = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-    return Quantity(text_of_it, value, "", last, digits), text[match.end():]
+    return Quantity(_as_latex(value), value, "", last, digits), text[match.end():]
 
 
 def quantity(text: str) -> Quantity | None:
@@ -279,20 +282,20 @@ def quantity(text: str) -> Quantity | None:
     if money := _CURRENCY.match(text):
         unit, text = _MONEY.get(money[2], "dollar"), (money[1] or "") + text[money.end():]
     number = read_number(text)
-    if number and (after := read_unit(number[1].replace(r"\euro", " euro"))):
+    if number and (after := read_unit(number[1])):
         found, (trailing, factor) = number[0], after
         if unit and trailing and unit != trailing:
             unit = f"{unit} {trailing}"
         if factor != 1 and found.value is not None:
             value = found.value * factor
-            found = replace(found, text=rf"\frac{{{value.numerator}}}{{{value.denominator}}}",
-                            value=value, last=found.last and found.last * factor)
+            found = replace(found, text=_as_latex(value), value=value,
+                            last=found.last and found.last * factor)
         return replace(found, unit=unit or trailing)
     end = len(text)
     while not re.search(r"\\(?:sin|cos|tan|sec|csc|cot)(?![a-zA-Z])", text) and (
             piece := _TRAILING.search(text[:end])) and piece.start() > 0:
         end = len(text[:piece.start()].rstrip())
-    after = read_unit(text[end:].replace(r"\euro", " euro"))
+    after = read_unit(text[end:])
     if end < len(text) and after and after[1] == 1:
         unit, text = unit or after[0], text[:end]
     if unit in ("percent", "degree") and len(_split(text[1:], "[+-]")) > 1:

@@ -27,7 +27,7 @@ _SPELLINGS = {
     "kilometer/hour": "kmh kph", "degree celsius": "celsius", "degree fahrenheit": "fahrenheit",
     "angstrom": "angstroms", "mmHg": "mmHg", "atmosphere": "atmospheres atm", "bar": "bars",
     "radian": "radians rad", "": "of the a an US"}
-# Those of two letters or more that count without \\text; others may be products of variables.
+# These short units count without \text. Other short ones may be products of variables.
 _BARE = set("cm mm km dm kg mg mL ml ms nm Hz kHz MHz GHz eV keV MeV GeV mol kJ kW MW kPa Pa GB MB "
             "kB cal kcal Wb bit".split())
 _ADJACENT = set("cm mm km kg Hz".split())   # 5cm
@@ -50,9 +50,8 @@ _NO_UNITS = set(
     "tenth tenths hundredth hundredths thousandth thousandths millionth millionths fourth fourths "
     "fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths zero one two three "
     "four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety ago root sqrt pi sin "
-    "cos tan cot csc arcsin arccos arctan sinh cosh tanh log ln lg exp alpha beta gamma theta "
-    "lambda infinity infty inf power powers roots doubled halved tripled thrice quintillion googol "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety ago root sqrt pi "
+    "infinity infty inf power powers roots doubled halved tripled thrice quintillion googol "
     "myriad grand thou gross tens permille inverse reciprocal conjugate imaginary modulo ternary "
     "duodecimal exponent undefined without except until onward bn mn mil under above below till "
     "through larger smaller kilo mega square cube loss maximum minimum rest arcsec arccsc "
@@ -63,7 +62,8 @@ _REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\mu\s*\\text\s*\{", r"\\text{u"), (r"\\text\s*\{([^{}]*)\}", r" \1 "),
     (r"[\\]%", " percent "), (r"\^\\circ\s*C\b", " degree celsius "),
     (r"\^\\circ\s*F\b", " degree fahrenheit "), (r"\^\\circ", " degree "), (r"\\\$", " dollar "),
-    (r"\\Omega", " ohm "), (r"\\(?:cdot|times)(?![a-zA-Z])|·", " "),
+    (r"\\euro(?![a-zA-Z])", " euro "), (r"\\Omega", " ohm "),
+    (r"\\(?:cdot|times)(?![a-zA-Z])|·", " "),
     (r"\^\s*\{?(-?[0-9])\}?", r" ^\1 "),
     (r"\b(?:square|sq\.?) ([a-zA-Z]+)\.?", r"\1 ^2"), (r"\bcubic ([a-zA-Z]+)\.?", r"\1 ^3"),
     (r"\b([a-z]{2,}) squared\b", r"\1 ^2"), (r"\b([a-z]{2,}) cubed\b", r"\1 ^3"),

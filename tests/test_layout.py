@@ -42,6 +42,12 @@ def test_supporting_files_import_only_each_other(module):
     assert imports_of(module) <= set(SUPPORT)
 
 
+def test_the_package_answers_imports_nothing_else_of_the_project():
+    files = {file.stem for file in (ROOT / "answers").glob("*.py")}
+    assert {"reading", "equality"} <= files
+    assert not any(imports_of(f"answers/{file}") for file in files)
+
+
 def test_the_method_stays_under_640_lines():
     lines = sum(len((ROOT / name).read_text().splitlines()) for name in ("icpo.py", "train.py"))
     assert lines <= 640

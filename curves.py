@@ -8,11 +8,11 @@ or more.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
-import yaml
+
+from files import read_lines, read_settings
 
 matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
@@ -33,8 +33,7 @@ def read_metrics(run: Path) -> list[dict]:
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
         raise ValueError(f"{run} is not a run: it has no metrics.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True)
-            if line.endswith("\n")]   # a kill may have cut the last one short
+    return read_lines(file)
 
 
 def series(metrics: list[dict], name: str) -> dict[int, float]:
@@ -51,7 +50,7 @@ def draw(runs: list[Path], output: Path) -> None:
     for run in map(Path, runs):
         metrics = read_metrics(run)
         config = run / "config.yaml"
-        settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
+        settings = read_settings(config) if config.is_file() else {}
         method = settings.get("method", run.name)
         methods.setdefault(method.upper(), []).append(metrics)
     draw_groups(methods, PANELS, Path(output))

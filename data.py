@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from options import INSTRUCTION
+from verify import run_bounded
 
 DEMO_SEPARATOR = "\n\n\n"
 
@@ -54,10 +55,8 @@ def load_problems(path: str | Path, needs: tuple[str, ...] = (),
     wrong type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no data file at {path}")
+    lines = _read_jsonl(path)
     problems = []
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -88,6 +87,28 @@ def load_problems(path: str | Path, needs: tuple[str, ...] = (),
     return problems
 
 
+def _read_jsonl(path: Path) -> list[bytes]:
+    """The lines of a file. Raises ValueError for what is no JSONL, and says how to make it."""
+    kind, data = f"no data file at {path}", b""
+    if path.is_file():
+        kind, data = "", path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4")):
+            kind = f"{path} is compressed"
+        elif data.startswith(b"PAR1"):
+            kind = f"{path} is a Parquet file"
+        elif data.lstrip().startswith(b"["):
+            kind = f"{path} is a JSON array"
+        elif path.suffix.lower() in (".csv", ".tsv"):
+            kind = f"{path} is a table"
+    elif path.is_dir():
+        kind = f"{path} is a folder"
+    if kind:
+        raise ValueError(f"{kind}; a JSONL file was expected, with one JSON object a line. The "
+                         f"library datasets reads other files and the hub, and writes JSONL: "
+                         f"load_dataset(...)['train'].to_json('data.jsonl')")
+    return data.splitlines()
+
+
 def _text(value: Any, name: str, where: str) -> str:
     """The value of a field. Raises ValueError for what is no text, or empty."""
     if isinstance(value, _Number) and name in ("answer", "id"):
@@ -113,26 +134,28 @@ class PromptBuilder:
 
     instruction: text that ends every question. chat_template: put the tokenizer's template around
     the plain question. demo_chat_template: put it around [D; q] too, all of it in one user turn.
-    Raises ValueError if the tokenizer has no template.
+    vocab_size: that of the model. Raises ValueError for a template that is missing, fails, does not
+    end or leaves out the question, and for a token id beyond the vocabulary.
     """
     tokenizer: Any
     instruction: str = INSTRUCTION
     chat_template: bool = True
     demo_chat_template: bool = True
+    vocab_size: int | None = None
 
     def __post_init__(self):
-        if (self.chat_template or self.demo_chat_template) and not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; give --chat-template false "
-                             "--demo-chat-template false")
-        if self.chat_template or self.demo_chat_template:
-            try:
-                shown = self._in_turn("What is 1+1?")
-            except Exception as error:   # a template is a program
-                raise ValueError(f"the tokenizer's chat template fails ({error}); give "
-                                 f"--chat-template false --demo-chat-template false") from None
-            if "What is 1+1?" not in shown:
-                raise ValueError("the tokenizer's chat template leaves out the question; give "
-                                 "--chat-template false --demo-chat-template false")
+        if not self.chat_template and not self.demo_chat_template:
+            return
+        problem = "" if self.tokenizer.chat_template else "is missing"
+        if not problem:
+            try:   # a template is a program
+                shown = run_bounded(lambda: self._in_turn("What is 1+1?"))
+                problem = "" if "What is 1+1?" in shown else "leaves out the question"
+            except Exception as error:
+                problem = f"fails ({error})"
+        if problem:
+            raise ValueError(f"the tokenizer's chat template {problem}; give --chat-template false "
+                             f"--demo-chat-template false")
 
     def plain(self, problem: Problem) -> list[int]:
         """q, the prompt on which the objective conditions every response."""
@@ -149,7 +172,7 @@ class PromptBuilder:
     def expert_response(self, problem: Problem) -> list[int]:
         """The response that LUFFY reads from the data, ended as a sampled one ends."""
         tokens = self.tokenizer.encode(problem.expert_response, add_special_tokens=False)
-        return tokens + [self.tokenizer.eos_token_id]
+        return self._known(tokens + [self.tokenizer.eos_token_id])
 
     def response_text(self, tokens: list[int], stop_ids: Sequence[int]) -> str:
         """What the model wrote, without the token that ended it.
@@ -171,8 +194,16 @@ class PromptBuilder:
 
     def _encode(self, text: str, chat_template: bool) -> list[int]:
         if not chat_template:
-            return self.tokenizer.encode(text)
-        return self.tokenizer.encode(self._in_turn(text), add_special_tokens=False)
+            return self._known(self.tokenizer.encode(text))
+        return self._known(self.tokenizer.encode(self._in_turn(text), add_special_tokens=False))
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        if self.vocab_size and max(tokens, default=0) >= self.vocab_size:
+            name = self.tokenizer.convert_ids_to_tokens(max(tokens))
+            raise ValueError(f"the tokenizer makes the token {name!r}, {max(tokens)}, but the "
+                             f"model's vocabulary has {self.vocab_size} tokens: give the model its "
+                             f"own tokenizer, or resize its embeddings")
+        return tokens
 
     def _in_turn(self, text: str) -> str:
         """The text as a user's turn of the chat template."""

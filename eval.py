@@ -8,7 +8,6 @@ It prints a row for each data set and number of shots, and writes every sample t
 which the same command goes on after a kill.
 """
 
-import json
 import math
 import os
 import random
@@ -23,12 +22,14 @@ from tqdm import tqdm
 
 from data import Demonstrations, Problem, PromptBuilder
 from distributed import gather_objects, is_main, my_share, on_main, world_size
+from files import append_lines, read_object, write_object
 from model_utils import Transformer
-from options import EvaluationOptions, OptionParser
+from options import EvaluationOptions, OptionParser, end_with_mistake
+from own_reward import RewardError
 from prepare import Case, prepare_evaluation
-from reward import RewardError, count_votes, extract_answer, make_scorer
+from reward import count_votes, extract_answer, make_scorer
 from rollout import Sampler, generate
-from runs import append_lines, find_output, follow_tokens, replace_file
+from runs import find_output, follow_tokens, outlive_readers
 
 # --------------------------------------------------------------------------------------------------
 # Sampling, scoring, summary
@@ -124,13 +125,12 @@ def interval(means: list[float]) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder, case: Case,
-                records: list[dict]) -> list[dict]:
+def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder, scorer: Callable,
+                case: Case, records: list[dict]) -> list[dict]:
     """Samples the problems of a case that have no records yet; returns all records.
 
     It appends the new ones to the file in parts.
     """
-    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout)
     label = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
     label |= {"again": True} if case.again else {}
     title = f"{case.data}, {case.shots} shots, temperature {case.temperature:g}"
@@ -167,26 +167,28 @@ def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
               f"{r['accuracy']:>9.1%}" + f"{r['low']:.1%} to {r['high']:.1%}".rjust(17)
               + "".join(f"{r[f'pass@{k}']:>9.1%}" for k in o.k)
               + f"{r['majority']:>9.1%}{r['tokens']:>9.1f}{r['truncated']:>11.1%}")
+    if any(row["truncated"] > 0.5 for row in rows):
+        print(f"warning: most answers of some rows were cut off at --max-new-tokens "
+              f"{o.max_new_tokens}, before a final answer; raise it", file=sys.stderr)
 
 
 def main() -> None:
+    outlive_readers()
     o = OptionParser(EvaluationOptions, str(__doc__).split("\n")[0]).parse(sys.argv[1:])
     found = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts as Ctrl-C
     try:
-        model, builder, cases = prepare_evaluation(o)
+        model, builder, scorer, cases = prepare_evaluation(o)
         output, found = on_main(lambda: find_output(o, cases))
         o.output, rows = str(output), []
         for case in cases:
             records = found.get(case.key, [])[:len(case.problems) * o.samples]
-            found[case.key] = sample_case(o, model, builder, case, records)
+            found[case.key] = sample_case(o, model, builder, scorer, case, records)
             rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
                         | on_main(lambda records=found[case.key]: summarise(
                             records, o.samples, o.k, o.answer_format, o.verify_timeout)))
     except ValueError as error:
-        if is_main():
-            print(f"eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_with_mistake("eval.py", error)
     except (RewardError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         os._exit(1)   # at once, because other processes may wait for this one
@@ -204,8 +206,7 @@ def main() -> None:
             by_key = {case.key: row for case, row in zip(cases, rows, strict=True)}
             comparison = {"comparison": pilot.report(o, found, by_key)}
         about = Path(o.output).with_suffix(".json")
-        settings = json.loads(about.read_text())
-        replace_file(about, json.dumps(settings | {"rows": rows} | comparison, indent=1) + "\n")
+        write_object(about, read_object(about) | {"rows": rows} | comparison)
         print(f"every sample: {o.output}; this table: {about}")
     if dist.is_initialized():
         dist.destroy_process_group()

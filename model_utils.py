@@ -15,7 +15,6 @@ G = H/K, E head size, S positions of a cache slot; of a packing N positions, M r
 these in the longest response.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -33,6 +32,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from distributed import barrier, full_tensor, is_main
+from files import brief, naming, read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -533,7 +533,7 @@ def find_folder(path: str) -> Path:
             "*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except Exception as error:
         raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub "
-                         f"did not give one of that name ({_brief(error)})") from error
+                         f"did not give one of that name ({brief(error)})") from error
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch.float32):
@@ -546,25 +546,24 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
     folder = find_folder(str(path))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: not a Hugging Face model folder")
-    with _naming(folder / "config.json"):
-        family = json.loads((folder / "config.json").read_text()).get("model_type")
+    family = read_object(folder / "config.json").get("model_type")
     if family not in FAMILIES:   # AutoConfig may not know it, or may run code from the folder
         raise ValueError(f"{folder}: architecture {family!r} is not supported; supported: "
                          f"{', '.join(FAMILIES)}")
-    with _naming(folder / "config.json"):
+    with naming(folder / "config.json"):
         hf_config = AutoConfig.from_pretrained(folder)
         config = ModelConfig.from_hf(hf_config)
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(_read_tensors(folder, model, device, dtype), assign=True)
-    with _naming(f"the tokenizer of {folder}"):   # without files transformers makes an empty one
+    with naming(f"the tokenizer of {folder}"):   # without files transformers makes an empty one
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
         if not any((folder / name).is_file() for name in names):
             raise ValueError("there is no tokenizer.json, tokenizer.model or vocab.json")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     model.hf_config = hf_config
     if (folder / "generation_config.json").is_file():
-        model.generation_config = json.loads((folder / "generation_config.json").read_text())
+        model.generation_config = read_object(folder / "generation_config.json")
     # Chat models often end a turn with another token than a text; generation_config.json has both.
     stops = (model.generation_config or {}).get("eos_token_id", hf_config.eos_token_id)
     stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
@@ -572,26 +571,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
     return model, tokenizer
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-
-
-@contextlib.contextmanager
-def _naming(what):
-    """Turns any error about a file into a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        message = error if type(error) is ValueError else _brief(error)
-        raise ValueError(f"{what}: {message}") from error
-
-
 def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, torch.Tensor]:
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"].values()
-        files = sorted({folder / name for name in names})
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{index} has no weight_map that names the files of the tensors")
+        files = sorted({folder / name for name in names.values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -601,7 +588,7 @@ def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, 
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is missing, though model.safetensors.index.json lists it")
-        with _naming(file), safe_open(file, framework="pt") as reader:
+        with naming(file), safe_open(file, framework="pt") as reader:
             for name in reader.keys():
                 if name.endswith("inv_freq"):   # old Llama checkpoints carry RoPE frequencies
                     continue

@@ -7,13 +7,17 @@ declaration says whether a run that is resumed may change it.
 import argparse
 import difflib
 import functools
+import json
 import math
+import os
+import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import yaml
 
@@ -77,6 +81,9 @@ class OptionParser(argparse.ArgumentParser):
                 group.add_argument(f"--no-{flag(each.name)[2:]}", dest=each.name, default=default,
                                    action="store_false", help=argparse.SUPPRESS)
 
+    def error(self, message: str) -> NoReturn:
+        end_with_mistake(self.prog, message)
+
     def parse(self, arguments: Sequence[str]) -> Any:
         def with_dashes(argument: str) -> str:
             name, equals, value = argument.partition("=")
@@ -84,6 +91,8 @@ class OptionParser(argparse.ArgumentParser):
             return dashes + equals + value if dashes in self._option_string_actions else argument
 
         found, rest = self.parse_known_args(list(map(with_dashes, arguments)))
+        if rest and rest[0].endswith((".yaml", ".yml")):
+            self.error(f"a configuration file comes first: {self.prog} {rest[0]} --option value")
         if rest:
             self.error(f"unknown option {rest[0]}{did_you_mean(rest[0], self.options, '--')}")
         return self.options(**vars(found))
@@ -130,6 +139,20 @@ def did_you_mean(word: str, options, prefix: str = "") -> str:
     return f"; did you mean {prefix}{shown[0]}?" if shown else ""
 
 
+def end_with_mistake(program: str, message: object) -> NoReturn:
+    """Says what the user did wrong, once for all processes, and exits with status 2.
+
+    torchrun prints pages of its own behind it, and at the end of these the message once more.
+    """
+    text = f"{program}: error: {message}"
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}))
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+    sys.exit(2)
+
+
 def require(condition, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -157,6 +180,20 @@ def settings_that_stay(options) -> dict[str, Any]:
     if getattr(options, "normalizer", "") == "micro-batch":   # the update then depends on it
         free -= {"micro_batch_tokens"}
     return {name: value for name, value in asdict(options).items() if name not in free}
+
+
+def absolute(path: str) -> str:
+    """The path from the root where it names what is there, else as it is: a hub name, or tiny."""
+    there = path and path != "tiny" and Path(path).exists()
+    return str(Path(path).absolute()) if there else path
+
+
+def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run as they hold in any folder."""
+    paths = {name: absolute(settings[name])
+             for name in ("model", "train_data", "test_data", "demonstrations") if name in settings}
+    file, colon, function = settings.get("reward", "").rpartition(":")
+    return settings | paths | ({"reward": absolute(file) + colon + function} if colon else {})
 
 
 def embedded(path: str, file: str) -> Path | str:
@@ -188,7 +225,9 @@ class SharedOptions:
         0, "leave out demonstrations with a shorter solution (release: 58)")
     max_prompt_length: Count = _data(
         512, "longest prompt in tokens; questions beyond it are left out and counted")
-    max_new_tokens: Count = _sample(48, "longest response in tokens")
+    max_new_tokens: Natural = _sample(
+        0, "longest response in tokens; 0 is max_new_tokens of the model's generation_config.json "
+        "(48 for the embedded model), else 2048, or fewer if the model has fewer positions")
     temperature: Positive = _sample(1.0, "of the policy, in sampling and in the objective")
     top_p: Share = _sample(1.0, "keep the likeliest tokens that reach this probability")
     top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all")
@@ -202,6 +241,8 @@ class SharedOptions:
         "<answer> tags")
     verify_timeout: Positive = _run(
         5.0, "seconds after which the comparison of two answers counts as wrong")
+    reward_timeout: Positive = _run(
+        600.0, "seconds after which a call of a --reward of your own ends the run", free=True)
     seed: int = _run(0, "of every random choice: questions, demonstrations, sampling")
     dtype: DType = _run("float32", "to compute in")
     device: str = _run("auto", "auto (a GPU if there is one), cpu or cuda", free=True)
@@ -318,8 +359,6 @@ class EvaluationOptions(SharedOptions):
 
     max_prompt_length: Count = _data(
         4096, "longest prompt in tokens; problems beyond it are left out and counted")
-    max_new_tokens: Natural = _sample(
-        0, "longest answer in tokens; 0 is 48 for tiny data, else 2048")
     temperature: NotNegative = _sample(1.0, "sampling temperature; 0 is greedy", free=True)
     data: list[str] = _data(
         ["tiny"], "JSONL files of problems, or tiny (the embedded held-out ones)", free=True)
@@ -334,8 +373,9 @@ class EvaluationOptions(SharedOptions):
         "answers without and with demonstrations, and at raised --temperatures", free=True)
     temperatures: list[float] = _eval([1.2, 1.5], "those of --compare-shots", free=True)
     output: str = _run("", "file for every sample, and with .json for the table; samples of the "
-                       "same settings that it holds are not sampled again (default: eval.jsonl, "
-                       "numbered if that holds another evaluation)", free=True)
+                       "same settings that it holds are not sampled again (default: eval.jsonl in "
+                       "the run that is evaluated, or evals/MODEL.jsonl; numbered if that holds "
+                       "another evaluation)", free=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,6 +454,7 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
         if getattr(o, name) is None:
             setattr(o, name, value)
     check_ranges(o)
+    vars(o).update(with_absolute_paths(vars(o)))
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
     if o.off_policy == "none":
@@ -430,9 +471,6 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
             "--off-policy-denominator one")
     require(o.off_policy != "dataset" or o.n_off == 1,
             f"a problem has one expert response: --n-off must be 1, not {o.n_off}")
-    require(o.micro_batch_tokens >= o.max_prompt_length + o.max_new_tokens,
-            f"--micro-batch-tokens {o.micro_batch_tokens} does not hold one sequence of "
-            f"--max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens}")
     require(o.old_logprobs == "recompute" or (o.top_p == 1 and o.top_k == 0),
             "with --top-p or --top-k the sampler's log-probabilities are not those of the policy "
             "in the objective: give --old-logprobs recompute")

@@ -50,7 +50,9 @@ def verdict(data: str, shots: int, plain: dict, steered: dict, change: dict, acc
     text = (f"On {data}, {shots} demonstration{'s' * (shots > 1)} in the context moved the "
             f"accuracy from {plain['accuracy']:.1%} to {steered['accuracy']:.1%} ({low:+.1f} to "
             f"{high:+.1f} points): ")
-    if plain["problems"] < 20:
+    if max(plain["truncated"], steered["truncated"]) > 0.5:
+        text += "most answers were cut off, so this says nothing yet; raise --max-new-tokens."
+    elif plain["problems"] < 20:
         text += f"{plain['problems']} problems are too few to say whether they help."
     elif low > 0:
         text += ("they help, and ICPO has right answers to learn from that plain sampling gives "

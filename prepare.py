@@ -31,7 +31,7 @@ from distributed import (
     world_size,
     wrap_blocks,
 )
-from machine import return_freed_memory
+from machine import free_memory, return_freed_memory
 from model_utils import Transformer, load_model
 from options import (
     EvaluationOptions,
@@ -47,18 +47,20 @@ from reward import Notes, extract_answer, make_scorer, references
 from rollout import Sampler, choose_slots
 from runs import (
     check_fingerprint,
+    check_output,
     check_settings,
-    choose_usable_folder,
+    claim_folder,
     find_model,
+    give_back,
     load_checkpoint,
-    lock_folder,
     read_model,
     write_settings,
 )
 
 
-def make_builder(o: SharedOptions, tokenizer: Any) -> PromptBuilder:
-    return PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template)
+def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
+    return PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template,
+                         model.config.vocab_size)
 
 
 def load_demonstrations(o: SharedOptions) -> list[Problem]:
@@ -100,8 +102,21 @@ def prepare(arguments: list[str]) -> Run:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun restarts dead processes
         o.resume = True
     init_distributed(o.device)
-    folder, saved = on_main(lambda: choose_usable_folder(o))
-    o = resolve(parse_training(arguments, saved) if saved else o, world_size())
+    claim = on_main(lambda: claim_folder(o))
+    try:
+        if claim.saved:
+            o = parse_training(arguments, claim.saved)
+        run = _prepare_in(claim.folder, claim.saved, resolve(o, world_size()))
+    except BaseException:
+        if is_main():
+            give_back(claim)
+        raise
+    if claim.lock is not None and is_main():
+        weakref.finalize(run, os.close, claim.lock)
+    return run
+
+
+def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     device = init_distributed(o.device, needed=o.dtype != "float32" or o.offload_reference)
     for name, on in (("--offload-reference true", o.offload_reference),
                      ("--optimizer-state cpu", o.optimizer_state == "cpu")):
@@ -113,13 +128,17 @@ def prepare(arguments: list[str]) -> Run:
     return_freed_memory(device)
 
     notes = Notes()
-    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, notes)
+    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, notes, o.reward_timeout)
     needs = ("expert_response",) if o.off_policy == "dataset" else ()
     problems = load_problems(embedded(o.train_data, "train.jsonl"), needs, o.answer_lists)
     held_out = load_problems(embedded(o.test_data, "test.jsonl"), (), o.answer_lists)
     model, tokenizer = load_any_model(o.model, device, torch.float32)
+    choose_length(o, model)
     _check_model(o, model, tokenizer)
-    builder = make_builder(o, tokenizer)
+    _check_memory(o.batch_size * (o.n_on + o.n_off), o,
+                  f"--batch-size {o.batch_size} and --n-on {o.n_on} with --n-off {o.n_off}")
+    _check_memory(o.eval_samples * len(held_out), o, f"--eval-samples {o.eval_samples}")
+    builder = make_builder(o, tokenizer, model)
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
 
     dtype: torch.dtype = getattr(torch, o.dtype)
@@ -135,9 +154,6 @@ def prepare(arguments: list[str]) -> Run:
     sampler = make_sampler(o, model, len(held_out), dtype)
     run = Run(o, folder, device, model, reference, optimizer, builder, problems, held_out,
               demonstrations, sampler, scorer, notes)
-    lock = on_main(lambda: lock_folder(folder))
-    if lock is not None and is_main():
-        weakref.finalize(run, os.close, lock)
     if saved is not None:
         run.start = load_checkpoint(folder, model, optimizer)
         require(run.start <= o.steps,
@@ -146,7 +162,23 @@ def prepare(arguments: list[str]) -> Run:
     return run
 
 
+def choose_length(o: SharedOptions, model: Transformer) -> None:
+    """Resolves --max-new-tokens 0, in place, and says to what."""
+    if o.max_new_tokens:
+        return
+    wanted = (model.generation_config or {}).get("max_new_tokens")
+    positions = model.config.max_position
+    o.max_new_tokens = min(wanted if isinstance(wanted, int) and wanted > 0 else 2048,
+                           positions - min(o.max_prompt_length, positions // 2))
+    if is_main():
+        print(f"responses of at most {o.max_new_tokens} tokens; --max-new-tokens sets another "
+              f"limit")
+
+
 def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None:
+    require(o.micro_batch_tokens >= o.max_prompt_length + o.max_new_tokens,
+            f"--micro-batch-tokens {o.micro_batch_tokens} does not hold one sequence of "
+            f"--max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens}")
     require(model.stop_ids,
             f"{o.model} names no end-of-text token (eos_token in its tokenizer, or eos_token_id in "
             f"its generation_config.json), so no response would ever end")
@@ -156,6 +188,17 @@ def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None
     require(o.max_prompt_length <= model.config.max_position - o.max_new_tokens,
             f"--max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens} "
             f"pass the model's {model.config.max_position} positions")
+
+
+def _check_memory(sequences: int, o: SharedOptions, options: str) -> None:
+    """Raises ValueError if the responses of a rollout do not fit in the CPU's memory as lists."""
+    # An int and a float of Python, with the pointers to them, take 72 bytes.
+    needed = sequences * (1000 + 72 * o.max_new_tokens) // world_size()
+    free = free_memory(torch.device("cpu"))
+    require(needed <= free,
+            f"{options} are {sequences:,} responses at the same time; of up to {o.max_new_tokens} "
+            f"tokens each, they take up to {needed / 1e9:,.1f} GB of a process's memory, and "
+            f"{free / 1e9:,.1f} GB are free")
 
 
 def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
@@ -192,13 +235,15 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
     problems = keep_askable(problems, "training problems", builder, o.max_prompt_length, left_out)
     questions = {normalise(p.problem) for p in held_out}
     problems = keep(problems, "training problems", "that are held-out ones too",
-                    lambda p: normalise(p.problem) not in questions, left_out)
+                    lambda p: normalise(p.problem) not in questions, left_out,
+                    "; give other --train-data or --test-data")
     held_out = held_out[:o.eval_problems or None]
     demonstrations = None
     if o.off_policy == "dataset":
         problems = keep(problems, "training problems",
                         f"with an expert response over {o.max_new_tokens} tokens",
-                        lambda p: len(builder.expert_response(p)) <= o.max_new_tokens, left_out)
+                        lambda p: len(builder.expert_response(p)) <= o.max_new_tokens, left_out,
+                        "; raise --max-new-tokens")
     elif o.off_policy == "demonstrations":
         demonstrations = Demonstrations(load_demonstrations(o), builder, o.num_demonstrations,
                                         o.max_prompt_length, o.demo_min_chars)
@@ -231,20 +276,25 @@ class Case(NamedTuple):
         return self.data, self.shots, self.temperature, self.again
 
 
-def prepare_evaluation(o: EvaluationOptions) -> tuple[Transformer, PromptBuilder, list[Case]]:
-    """The model, its prompts, and the rows of the table. Raises ValueError for users' mistakes."""
+def prepare_evaluation(o: EvaluationOptions):
+    """(model, its PromptBuilder, scorer, the rows of the table as Cases).
+
+    Raises ValueError for users' mistakes.
+    """
     _check_evaluation(o)
-    o.max_new_tokens = o.max_new_tokens or (48 if o.data == ["tiny"] else 2048)
-    make_scorer(o.reward)
+    scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout,
+                         reward_timeout=o.reward_timeout)
     data = {name: load_problems(embedded(name, "test.jsonl"), (), o.answer_lists)[:o.limit or None]
             for name in o.data}
     device = init_distributed(o.device)
     model, tokenizer = load_any_model(o.model, device, getattr(torch, o.dtype))
+    choose_length(o, model)
+    _check_memory(64 * o.samples, o, f"--samples {o.samples}")
     positions = model.config.max_position
     require(positions > o.max_new_tokens, f"--max-new-tokens {o.max_new_tokens} leaves no room for "
             f"a prompt: {o.model} has {positions} positions")
     room = min(o.max_prompt_length, positions - o.max_new_tokens)
-    builder = make_builder(o, tokenizer)
+    builder = make_builder(o, tokenizer, model)
     numbers = sorted(set(o.shots) - {0})
     worked = load_demonstrations(o) if numbers else []
     pools = {k: Demonstrations(worked, builder, k, room, o.demo_min_chars) for k in numbers}
@@ -258,7 +308,7 @@ def prepare_evaluation(o: EvaluationOptions) -> tuple[Transformer, PromptBuilder
                       for temperature in [o.temperature, *sorted(o.temperatures)]]
     if is_main() and left_out:
         print(*left_out, sep="\n")
-    return model, builder, cases
+    return model, builder, scorer, cases
 
 
 def _check_evaluation(o: EvaluationOptions) -> None:
@@ -270,6 +320,8 @@ def _check_evaluation(o: EvaluationOptions) -> None:
     require(output.suffix not in (".json", ".png"),
             f"--output is the file of the samples; the table and the picture go beside it, as "
             f".json and .png: give {output.parent / output.stem}.jsonl, not {o.output}")
+    if o.output:
+        on_main(lambda: check_output(output))
     for name, values in (("data", o.data), ("shots", o.shots)):
         require(len(set(values)) == len(values),
                 f"{name}: {', '.join(map(str, values))} names one twice")

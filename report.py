@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from curves import draw, read_metrics
 from distributed import Totals, barrier, gather_lists, is_main
-from runs import append_lines, how_to_go_on
+from files import append_lines
+from runs import how_to_go_on
 
 if TYPE_CHECKING:
     from prepare import Run
@@ -103,10 +104,14 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
         unclear = reward == 0 and any(pair in run.notes.unsettled for pair in pairs)
         new = [unsettled.pop(pair) for pair in pairs if unclear and pair in unsettled]
         if r.question.index < o.log_questions or new:
+            drawn = next((d for d, prompt in r.question.demos if prompt is r.behaviour_prompt), [])
             rows.append({
-                "step": step, "problem": problem.problem, "off_policy": r.off_policy,
+                "step": step, "id": problem.id, "problem": problem.problem,
+                "prompt": run.builder.tokenizer.decode(r.behaviour_prompt),
+                "demonstrations": [each.id for each in drawn], "off_policy": r.off_policy,
                 "response": r.text, "final_answer": given, "answer": problem.answer,
-                "reward": reward, "unsettled": unclear, "accepted": accepted, "in_group": keep,
+                "reward": reward, "unsettled": unclear,
+                **({"accepted": accepted} if r.off_policy else {}), "in_group": keep,
                 "advantage": advantage})
     samples = gather_lists(rows)
     skipped = gather_lists([
@@ -123,13 +128,26 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             append_lines(file, skipped)
         if not sys.stderr.isatty():
             print(_line(metrics, o.steps), file=sys.stderr, flush=True)
-        if metrics["answered"] == 0 and step <= 3 and not o.reward:
-            tqdm.write(f"warning: no response of step {step} has a final answer of the form "
-                       f"--answer-format {o.answer_format}, so none can earn; "
-                       f"{metrics['truncated']:.0%} were cut off at --max-new-tokens "
-                       f"{o.max_new_tokens}. See the responses in {run.folder}/samples.jsonl; the "
-                       f"chat template, --instruction or --max-new-tokens may not fit the model",
-                       file=sys.stderr)
+        if step <= 3:
+            _warn(run, metrics)
+
+
+def _warn(run: "Run", metrics: dict) -> None:
+    """Says why nothing can be learned from a step in which all rewards of each group are equal."""
+    o, reasons = run.options, []
+    if metrics["groups_all_equal"] == 1:
+        if metrics["answered"] == 0 and not o.reward:
+            reasons.append(f"no response has a final answer of the form --answer-format "
+                           f"{o.answer_format}")
+        if metrics["truncated"] == 1:
+            reasons.append(f"all responses were cut off at --max-new-tokens {o.max_new_tokens}")
+        rewards = {metrics["reward_on"], metrics["reward_off"]} - {None}
+        reasons.append("every reward is 0" if rewards == {0} else
+                       "the responses to each question have equal rewards")
+        tqdm.write(f"warning: step {metrics['step']} had nothing to learn from: "
+                   f"{'; '.join(reasons)}. See the responses in {run.folder}/samples.jsonl; the "
+                   f"model, the data, the chat template, --instruction or --max-new-tokens may not "
+                   f"fit together", file=sys.stderr)
 
 
 def read_accuracies(folder: Path) -> list[float]:

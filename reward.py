@@ -9,20 +9,16 @@ what needs algebra goes to the worker processes of verify.py.
 """
 
 import argparse
-import functools
-import importlib.util
-import math
 import re
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import get_args
 
 from answers import NeedsAlgebra, equal, understood
 from data import Problem, load_problems
 from options import AnswerFormat
+from own_reward import OwnReward
 from verify import LIMIT, compare
 
 FORMATS = get_args(AnswerFormat)
@@ -207,76 +203,14 @@ def find_unclear(answers: Sequence[str], timeout: float = 5.0,
     return [reference for reference in answers if reference in unclear]
 
 
-# --------------------------------------------------------------------------------------------------
-# A reward of the user's own
-
-class RewardError(RuntimeError):
-    """The user's reward function failed."""
-
-
 def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float = 5.0,
-                notes: Notes | None = None) -> Callable:
-    """The function (responses, problems) -> scores of these options; see score and load_reward."""
+                notes: Notes | None = None, reward_timeout: float = 600.0) -> Callable:
+    """The function (responses, problems) -> scores of these options; see score and OwnReward."""
     if reward:
-        return functools.partial(own_scores, load_reward(reward))
+        return OwnReward(reward, reward_timeout)
     return lambda responses, problems: score(
         responses, [references(problem, answer_format) for problem in problems], timeout,
         answer_format=answer_format, notes=notes)
-
-
-def load_reward(name: str) -> Callable:
-    """The function that `FILE.py:FUNCTION` names. Raises ValueError where there is none."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(f"a reward is given as FILE.py:FUNCTION, and {name!r} names no file that "
-                         f"is there")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None   # the file is there and ends in .py
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{file} does not load: {_where(error, file)}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"{file} has no function {function!r}")
-    return getattr(module, function)
-
-
-def own_scores(reward: Callable, responses: list[str], problems: list) -> list[float]:
-    """What `reward(responses, problems)` returns: a finite number for each response.
-
-    Raises RewardError, which names file and line, where it fails or returns something else.
-    """
-    code = getattr(reward, "__code__", None)
-    name = repr(reward)
-    if code:
-        function = getattr(reward, "__name__", code.co_name)
-        name = f"{code.co_filename}, line {code.co_firstlineno}, {function}"
-    try:
-        scores = list(reward(responses, problems))
-    except Exception as error:
-        where = _where(error, code.co_filename if code else "")
-        raise RewardError(f"the reward failed: {where}") from error
-    if len(scores) != len(responses):
-        raise RewardError(f"{name}: {len(scores)} scores for {len(responses)} responses; one each "
-                          f"was expected")
-    for i, value in enumerate(scores):
-        try:
-            scores[i] = float(value)
-        except (TypeError, ValueError):
-            scores[i] = math.nan
-        if not math.isfinite(scores[i]):
-            raise RewardError(f"{name}: score {i} is {value!r}; a finite number was expected")
-    return scores
-
-
-def _where(error: Exception, file: str) -> str:
-    """The error, and the last line of that file that it passed."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename == file]
-    line = frames[-1].lineno if frames else getattr(error, "lineno", None)
-    function = f", in {frames[-1].name}" if frames else ""
-    return f"{file}, line {line}{function}: {type(error).__name__}: {error}"
 
 
 # --------------------------------------------------------------------------------------------------

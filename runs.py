@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -14,111 +13,135 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 from distributed import barrier, is_main, on_main, rank, world_size
-from options import EvaluationOptions, TrainingOptions, embedded, flag, require, settings_that_stay
+from files import (
+    numbered,
+    read_lines,
+    read_object,
+    read_settings,
+    replace_file,
+    replace_lines,
+    write_object,
+)
+from options import (
+    EvaluationOptions,
+    TrainingOptions,
+    embedded,
+    flag,
+    require,
+    settings_that_stay,
+    with_absolute_paths,
+)
 
 # DCP says this in a run of one process, which needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
 
 
 # --------------------------------------------------------------------------------------------------
-# Files
-
-def numbered(path: Path) -> Iterator[Path]:
-    """path, then the same name with -2, -3, … before its suffix."""
-    yield path
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Writes the file aside and renames it, so that readers find the whole old or new file."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
-    aside.replace(file)
-
-
-def remove(folder: Path) -> None:
-    """Deletes a folder, if it is there. Every process must call it."""
-    on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
-
-
-def append_lines(file: Path, objects: list[dict]) -> None:
-    """Appends a line of JSON for each object, with null for numbers that are not finite."""
-    def finite(value):
-        if isinstance(value, list):
-            return [finite(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    with file.open("a") as stream:
-        for each in objects:
-            stream.write(json.dumps({name: finite(value) for name, value in each.items()}) + "\n")
-
-
-# --------------------------------------------------------------------------------------------------
 # The folder of a run
 
-def choose_folder(options: TrainingOptions) -> tuple[Path, dict | None]:
-    """The run's folder, and its saved settings if it is resumed.
+class Claim(NamedTuple):
+    """A folder that this process holds for a run."""
+    folder: Path
+    saved: dict | None   # the settings of a run that is resumed
+    made: list[Path]     # folders that were not there before
+    lock: int | None     # it is held until it is closed; None where the file system has no locks
 
-    A folder that holds a run is returned only to resume it. Raises ValueError for one that holds
-    something else.
+
+class InUse(ValueError):
+    """Another process holds the folder or file."""
+
+
+def claim_folder(options: TrainingOptions) -> Claim:
+    """Chooses the run's folder, makes it and locks it, so that no other start takes it.
+
+    A folder that holds a run is taken only to resume it. Raises ValueError for one that holds
+    something else, is in use, or cannot be written.
     """
     if options.output_dir:
         folder = Path(options.output_dir)
-        taken = [folder] if (folder / "config.yaml").is_file() else []
-        if taken and not options.resume:
-            raise ValueError(f"{folder} already holds a run: go on with it (--resume) or give "
-                             f"another --output-dir")
-        if not taken and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files that are no run of this script; give another "
-                             f"--output-dir")
-    else:
-        taken = []
-        for folder in numbered(Path("runs") / f"{options.method}-seed{options.seed}"):
+        with _usable(folder):
+            if (folder / "config.yaml").is_file():
+                require(options.resume, f"{folder} already holds a run: go on with it (--resume) "
+                        f"or give another --output-dir")
+                return _claim(folder, _saved_settings(folder))
+            require(not folder.is_dir() or not any(folder.iterdir()),
+                    f"{folder} holds files that are no run of this script; give another "
+                    f"--output-dir")
+            return _claim(folder, None, options.resume)
+    free, taken = [], []
+    for folder in numbered(Path("runs") / f"{options.method}-seed{options.seed}"):
+        if (folder / "config.yaml").is_file():
+            taken.append(folder)
+        elif not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+            free.append(folder)   # a start that was killed may leave it empty
             if not folder.exists():
                 break
-            taken += [folder] if (folder / "config.yaml").is_file() else []
     if options.resume and taken:
-        return taken[-1], yaml.safe_load((taken[-1] / "config.yaml").read_text())
-    if options.resume:
-        print(f"nothing to resume in {options.output_dir or 'runs'}: starting from the first step")
-    return folder, None
+        with _usable(taken[-1]):
+            return _claim(taken[-1], _saved_settings(taken[-1]))
+    for folder in itertools.chain(free, numbered(free[-1])):
+        with _usable(folder), contextlib.suppress(InUse):   # another start may have taken it
+            return _claim(folder, None, options.resume)
+    raise AssertionError("the names are endless")
 
 
-def choose_usable_folder(options: TrainingOptions) -> tuple[Path, dict | None]:
-    """choose_folder, after a look whether files can be written there. Raises ValueError."""
-    folder = Path(options.output_dir or "runs")
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    return with_absolute_paths(read_settings(folder / "config.yaml"))
+
+
+def _claim(folder: Path, saved: dict | None, resume: bool = False) -> Claim:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder, saved = choose_folder(options)
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        finally:
-            for path in missing:   # a later mistake leaves nothing behind
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:
+        _remove_empty(made)
+        raise
+    lock = _lock(folder, "another process is training there now")
+    if resume:
+        print(f"nothing to resume in {folder}: starting from the first step")
+    return Claim(folder, saved, made, lock)
+
+
+def give_back(claim: Claim) -> None:
+    """Unlocks the folder, and leaves none behind that was made for a run that did not start."""
+    _remove_empty(claim.made)
+    if claim.lock is not None:
+        os.close(claim.lock)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _usable(folder: Path):
+    """Turns what the system says of a folder that cannot be written into a ValueError."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:   # Python 3.11 raises RuntimeError for a loop of links
         why = getattr(error, "strerror", None) or error
         raise ValueError(f"{folder} cannot be the folder of a run ({why}): give another "
                          f"--output-dir") from None
-    return folder, saved
 
 
 def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
@@ -144,7 +167,7 @@ def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
     file = folder / "fingerprint.json"
     if not file.is_file():   # a run of an earlier version
         return
-    then, now = json.loads(file.read_text()), _fingerprint(options)
+    then, now = read_object(file), _fingerprint(options)
     for name, value in then["settings"].items():
         require(now["settings"].get(name) == value,
                 f"{folder / 'config.yaml'} was edited: {name} was {value}, not "
@@ -155,22 +178,22 @@ def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
                 f"run; put that back, or start another run")
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Holds the run's folder until this process ends or closes the lock, which it returns.
-
-    Returns None where the file system has no locks. Raises ValueError if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    return _lock(folder, "another process is training there now")
+def remove(folder: Path) -> None:
+    """Deletes a folder, if it is there. Every process must call it."""
+    on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _lock(path: Path, busy: str) -> int | None:
+    """Holds the file or folder until this process ends or closes the lock, which it returns.
+
+    Returns None where the file system has no locks. Raises InUse if another process holds it.
+    """
     lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise ValueError(f"{path} is in use: {busy}") from None
+        raise InUse(f"{path} is in use: {busy}") from None
     except OSError:   # some network file systems cannot lock
         os.close(lock)
         return None
@@ -200,20 +223,19 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal
-        replace_file(fingerprint, json.dumps(_fingerprint(options), indent=1) + "\n")
+        write_object(fingerprint, _fingerprint(options))
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        if lines and not steps:
+        rows = read_lines(file)
+        if rows and not steps:
             aside = next(path for path in numbered(file.with_stem(f"{file.stem}-before"))
                          if not path.exists())
             file.rename(aside)
             print(f"{folder} has no checkpoint, so the run begins anew; the earlier {file.name} is "
                   f"now {aside}", file=sys.stderr)
-            lines = []
+            rows = []
         # A last line that a kill has cut short belongs to a step after the checkpoint.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-        replace_file(file, "".join(kept))
+        replace_lines(file, [row for row in rows if row["step"] <= steps])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -363,7 +385,7 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
     if not config.is_file():
         raise ValueError(f"{folder} is a checkpoint, but there is no {config} that says of which "
                          f"model")
-    return embedded(yaml.safe_load(config.read_text())["model"], "model"), folder
+    return embedded(read_settings(config)["model"], "model"), folder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,6 +394,11 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
 class Stop:
     """The signal that asks a run to stop after this step, if one has come."""
     received: signal.Signals | None = None
+    at_once = False   # do not wait for the end of the step
+
+
+class StoppedAtOnce(BaseException):
+    """A signal has come while Stop.at_once was set."""
 
 
 @contextlib.contextmanager
@@ -386,6 +413,8 @@ def stop_on_signal():
         nonlocal when
         if stop.received is None:
             stop.received, when = signal.Signals(number), time.monotonic()
+            if stop.at_once:
+                raise StoppedAtOnce(f"{stop.received.name}: stopped before the first step")
             if is_main():
                 tqdm.write(f"{stop.received.name}: finishing this step, then a checkpoint",
                            file=sys.stderr)
@@ -411,6 +440,29 @@ class NotFinite(RuntimeError):
             f"from the first step")
 
 
+class _Output:
+    """A stream that writes at once, and drops what is written after its reader has gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def outlive_readers() -> None:
+    """Lets this process go on when what reads its output, such as head, ends."""
+    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+
+
 def how_to_go_on(folder: Path) -> str:
     processes = f"--nproc-per-node {world_size()} " if world_size() > 1 else ""
     return f"torchrun {processes}train.py --resume --output-dir {folder}"
@@ -428,16 +480,22 @@ def messages_on_exit(folder: Path, reward_error: type[Exception]):
         yield
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {go_on}" if is_main() else 130)
+    except StoppedAtOnce as error:
+        if is_main():
+            print(f"{error}; start with: {go_on}", file=sys.stderr, flush=True)
+        os._exit(0)   # at once, because the signal may have reached one process alone
     except NotFinite as error:
         sys.exit(f"train.py: error: {error}" if is_main() else 1)
     except reward_error as error:
         print(f"train.py: error: {error}. When it is mended, go on with: {go_on}", file=sys.stderr)
         os._exit(1)
-    except (OSError, CheckpointException) as error:
-        free = shutil.disk_usage(folder).free / 1e9
-        print(f"train.py: error: {folder} could not be written ({_first_line(error)}); "
-              f"{free:.3f} GB are free there. The files there are whole; when it can be written, "
-              f"go on with: {go_on}", file=sys.stderr)
+    except (OSError, CheckpointException, SafetensorError) as error:
+        free, why = shutil.disk_usage(folder).free / 1e9, _first_line(error)
+        if "No space left" in why:
+            why = "the disk is full"
+        print(f"train.py: error: {folder} could not be written ({why}); {free:.3f} GB are free "
+              f"there. The files there are whole; when it can be written, go on with: {go_on}",
+              file=sys.stderr)
         os._exit(1)
     except RuntimeError as error:
         lost = any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection"))
@@ -507,10 +565,51 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
     """
     if options.output:
         return Path(options.output), open_output(Path(options.output), options, cases)
-    for output in numbered(Path("eval.jsonl")):
+    default = default_output(options.model)
+    default.parent.mkdir(exist_ok=True)
+    for output in numbered(default):
         with contextlib.suppress(ValueError):
+            check_output(output)
             return output, open_output(output, options, cases)
     raise AssertionError("the names are endless")
+
+
+def default_output(model: str) -> Path:
+    """eval.jsonl in the run that is evaluated, or evals/MODEL.jsonl for another model."""
+    folder = Path(model)
+    if folder.name == "final":
+        folder = folder.parent
+    elif folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    if (folder / "config.yaml").is_file():
+        return folder / "eval.jsonl"
+    return Path("evals") / f"{Path(model).resolve().name}.jsonl"
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError for a file of samples that an evaluation cannot write, or must not."""
+    about, picture, folder = (output.with_suffix(".json"), output.with_suffix(".png"),
+                              output.absolute().parent)
+    require(folder.is_dir(), f"there is no folder {folder} for --output")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        written = output.is_file() and output.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written ({error.strerror}): give another "
+                         f"--output") from None
+    for file in (output, about, picture):
+        require(not file.is_symlink() and (file.is_file() or not file.exists()),
+                f"{file} is no plain file, so the evaluation is not written there: give another "
+                f"--output")
+    require(about.is_file() or not picture.exists(),
+            f"{picture}, the picture's file, is there, but no {about} of an evaluation that drew "
+            f"it: give another --output")
+    require(about.is_file() or not written,
+            f"{output} is there, but no {about} that says of what evaluation it is: give another "
+            f"--output")
+    require(not about.is_file() or read_object(about).get("settings") is not None,
+            f"{about}, the table's file, holds something else: give another --output")
 
 
 def open_output(output: Path, options: EvaluationOptions,
@@ -518,32 +617,15 @@ def open_output(output: Path, options: EvaluationOptions,
     """The records of whole problems that an earlier call with these settings has written, by case.
 
     Problems that it left half are dropped from the file. Raises ValueError where the file holds
-    another evaluation.
+    another evaluation or is in use.
     """
     about = output.with_suffix(".json")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {output.absolute().parent} for --output")
-    for file in (output, about, output.with_suffix(".png")):
-        require(not file.is_symlink() and (file.is_file() or not file.exists()),
-                f"{file} is no plain file, so the evaluation is not written there: give another "
-                f"--output")
-    require(about.is_file() or not output.with_suffix(".png").exists(),
-            f"{output.with_suffix('.png')}, the picture's file, is there, but no {about} of an "
-            f"evaluation that drew it: give another --output")
     _hold(output.absolute())
     settings = settings_that_stay(options) | {"changed": _when_read_files_changed(options, cases)}
-    lines = output.read_text().splitlines(keepends=True) if output.is_file() else []
-    if lines and not about.is_file():
-        raise ValueError(f"{output} is there, but no {about} that says of what evaluation it is: "
-                         f"give another --output")
-    old = json.loads(about.read_text()).get("settings") if about.is_file() else {}
-    if old is None:
-        raise ValueError(f"{about}, the table's file, holds something else: give another --output")
+    old = read_object(about)["settings"] if about.is_file() else {}
     found: dict[tuple, list[dict]] = {}
-    for line in lines:
-        if line.endswith("\n"):   # a kill may have cut the last one short
-            record = json.loads(line)
-            found.setdefault(key_of(record), []).append(record)
+    for record in read_lines(output):
+        found.setdefault(key_of(record), []).append(record)
     found = {key: records[:len(records) // options.samples * options.samples]
              for key, records in found.items()}
     if old and output.is_file():   # also where it is empty: another evaluation may have just begun
@@ -552,10 +634,9 @@ def open_output(output: Path, options: EvaluationOptions,
             raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give "
                              f"another --output, or delete it")
         settings["changed"] = old.get("changed", {}) | settings["changed"]
-    replace_file(output, "".join(json.dumps(record) + "\n"
-                                 for records in found.values() for record in records))
+    replace_lines(output, [record for records in found.values() for record in records])
     _hold(output.absolute())
-    replace_file(about, json.dumps({"settings": settings, "rows": []}, indent=1) + "\n")
+    write_object(about, {"settings": settings, "rows": []})
     return found
 
 

@@ -40,8 +40,9 @@ from distributed import gather_objects, is_main, world_size
 from eval import evaluate
 from machine import prepare_gradients
 from model_utils import pack, response_logprobs, save_model, to_rows
+from options import end_with_mistake
+from own_reward import RewardError
 from prepare import Run, prepare
-from reward import RewardError
 from rollout import Work, generate
 
 
@@ -68,7 +69,7 @@ class Question:
     index: int                      # its place in the batch; it numbers the group
     problem: Problem
     prompt: list[int]               # q
-    demo_prompts: list[list[int]]   # [D; q], N_off of them if --off-policy is demonstrations
+    demos: list[tuple[list[Problem], list[int]]]   # N_off times D and [D; q], or none
 
 
 @dataclass(eq=False)
@@ -119,17 +120,17 @@ def draw_questions(run: Run, step: int) -> list[Question]:
     def question(index: int) -> Question:
         epoch, place = divmod(step * o.batch_size + index, count)
         problem = run.problems[_epoch_order(o.seed, epoch, count)[place]]
-        demo_prompts = []
+        demos = []
         if run.demonstrations is not None:
-            demo_prompts = [run.demonstrations.draw(problem, random.Random(
-                f"demonstrations {o.seed} {step} {index} {j}"))[1] for j in range(o.n_off)]
-        return Question(index, problem, run.builder.plain(problem), demo_prompts)
+            demos = [run.demonstrations.draw(problem, random.Random(
+                f"demonstrations {o.seed} {step} {index} {j}")) for j in range(o.n_off)]
+        return Question(index, problem, run.builder.plain(problem), demos)
 
     mine = []
     for begin in range(0, o.batch_size, o.mini_batch_size):
         part = [question(index) for index in range(begin, begin + o.mini_batch_size)]
         lengths = [sum(len(prompt) + o.max_new_tokens for prompt in [q.prompt] * o.n_on
-                       + q.demo_prompts) for q in part]
+                       + [prompt for _, prompt in q.demos]) for q in part]
         mine += [part[i] for i in distributed.my_share(lengths)]
     return mine
 
@@ -143,7 +144,7 @@ def sample_responses(run: Run, questions: list[Question], step: int,
                      say: Callable[[str], Any] = lambda text: None) -> list[Response]:
     """Step 2: N_on responses of π_θold(·|q) to each question, and N_off off-policy ones."""
     o, plain = run.options, [q.prompt for q in questions]
-    demo = [(q, j, prompt) for q in questions for j, prompt in enumerate(q.demo_prompts)]
+    demo = [(q, j, prompt) for q in questions for j, (_, prompt) in enumerate(q.demos)]
 
     def stream(kind: int, number: int) -> int:   # evaluation uses the streams below 2^32
         return ((2 * step + kind) << 32) + number
@@ -306,7 +307,9 @@ def train(run: Run) -> None:
 
         def evaluate_now(step: int) -> dict[str, float]:
             say("evaluating")
+            stop.at_once = step == 0   # nothing is lost then
             accuracies.append(held_out_accuracy(run))
+            stop.at_once = False
             return {"eval_accuracy" if step else "eval_accuracy_before": accuracies[-1]}
 
         for step in range(run.start, o.steps):
@@ -345,12 +348,11 @@ def train(run: Run) -> None:
 
 
 def main() -> None:
+    runs.outlive_readers()
     try:
         run = prepare(sys.argv[1:])
     except ValueError as error:
-        if is_main():
-            print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_with_mistake("train.py", error)
     with runs.messages_on_exit(run.folder, RewardError):
         train(run)
 

@@ -1,7 +1,7 @@
-"""Worker processes that compare two answers with algebra, and can be killed.
+"""Processes that can be killed, for work that can hang or take all memory.
 
-A comparison of expressions can hang or take all memory. So it runs in worker processes, which run
-this file as a script and are killed when a comparison passes its limits.
+Comparisons of answers with algebra run in worker processes, which run this file as a script. A chat
+template runs in a fork of this process, see run_bounded.
 """
 
 import atexit
@@ -10,14 +10,18 @@ import importlib.util
 import json
 import os
 import queue
+import resource
 import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Pipe
+from pathlib import Path
 
 MEMORY_LIMIT = 1 << 30   # bytes that the process that compares may hold
 START_SECONDS = 120      # limit for the start of a worker, which imports sympy
@@ -169,6 +173,47 @@ def _forget_workers() -> None:
     _lock = threading.Lock()
 
 
+def run_bounded(function: Callable[[], str], seconds: float = 10.0,
+                memory: int = MEMORY_LIMIT) -> str:
+    """What `function` returns in a fork of this process, which ends with it.
+
+    Raises ValueError with the message of an exception in it, and where it takes more than so many
+    seconds or bytes. The limit on memory holds on Linux.
+    """
+    def run() -> list:
+        with contextlib.suppress(OSError, ValueError):
+            held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_DATA, (held + memory, held + memory))
+        try:
+            return [function(), ""]
+        except MemoryError:
+            return ["", f"it takes more than {memory / 2 ** 30:g} GiB"]
+        except BaseException as error:
+            return ["", str(error) or type(error).__name__]
+
+    here, there = Pipe(duplex=False)
+    with warnings.catch_warnings():   # Python 3.12 warns of threads; the child uses none of them
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            there.send(run())
+        finally:
+            os._exit(0)
+    there.close()
+    try:
+        result, error = here.recv() if here.poll(seconds) else (
+            "", f"it takes more than {seconds:g} seconds")
+    except EOFError:
+        error = "it ended the process"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if error:
+        raise ValueError(error)
+    return result
+
+
 atexit.register(_stop_workers)
 os.register_at_fork(after_in_child=_forget_workers)
 
@@ -202,7 +247,6 @@ def _serve(memory_limit: int) -> None:
 
 
 def _serve_pairs(answers, algebra, replies, memory_limit: int) -> None:
-    import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, ValueError):   # not every system knows it
         resource.setrlimit(resource.RLIMIT_AS, (2 * memory_limit, 2 * memory_limit))

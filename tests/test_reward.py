@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,14 +21,12 @@ from hypothesis import strategies as st
 import reward
 import verify
 from data import Problem
+from own_reward import OwnReward, RewardError
 from reward import (
     Notes,
-    RewardError,
     count_votes,
     extract_answer,
     find_unclear,
-    load_reward,
-    own_scores,
     score,
     settle,
 )
@@ -277,7 +276,7 @@ def test_a_comparison_has_a_memory_limit(tmp_path):
     (tmp_path / "answers" / "__init__.py").write_text(
         "def equal(given, answer, algebra):\n"
         "    return len(b'x' * (200 << 20)) > 0 if given == 'large' else given == answer\n")
-    copy = load_reward(f"{tmp_path / 'verify.py'}:compare").__globals__
+    copy = runpy.run_path(str(tmp_path / "verify.py"), run_name="verify")["compare"].__globals__
     copy["MEMORY_LIMIT"] = 120 << 20
     try:
         pairs = [("a", "a"), ("large", "a"), ("a", "b"), ("large", "b")]
@@ -420,25 +419,41 @@ def test_mutated_responses_score_zero_or_one(fresh):
 # --------------------------------------------------------------------------------------------------
 # A reward of the user's own
 
-@pytest.mark.parametrize("body, message", [
-    ("return [len(r) / 10 for r in responses]", None),
-    ("return [True, 0]", None),
-    ("return [1.0]", "1 scores for 2 responses"),
-    ("return [1.0, 'good']", "score 1 is 'good'"),
-    ("return [float('nan'), 1]", "score 0 is nan"),
-    ("return [1 / 0 for _ in responses]", "own.py, line 2, in .*: ZeroDivisionError"),
-    ("return None", "TypeError"),
+PROBLEMS = [Problem("q", "1", id="a"), Problem("q", "2", id="b")]
+
+
+@pytest.mark.parametrize("parameters, body, expected", [
+    ("responses, problems", "return [len(r) / 10 for r in responses]", [0.1, 0.2]),
+    ("responses, problems", "return [True, 0]", [1.0, 0.0]),
+    ("responses, problems", "return (p.id == 'b' for p in problems)", [0.0, 1.0]),
+    ("completions, **kwargs", "return [float(a) for a in kwargs['answer']]", [1.0, 2.0]),
+    ("prompts, completions, answer", "return [len(c) for c in completions]", [1.0, 2.0]),
+    ("responses, problems", "import beside_it; return [beside_it.one, 0]", [1.0, 0.0]),
+    ("responses, problems", "return [1.0]", "1 scores for 2 responses"),
+    ("responses, problems", "return [1.0, 'good']", "score 1 is 'good'"),
+    ("responses, problems", "return [float('nan'), 1]", "score 0 is nan"),
+    ("responses, problems", "return [1 / 0 for _ in responses]",
+     "own.py, line 2, in .*: ZeroDivisionError"),
+    ("responses, problems", "return None", "it returned None; a list of numbers was expected"),
+    ("responses, problems", "return 3", "TypeError"),
+    ("responses, problems", "import sys; sys.exit('over')", "own.py, line 2.*SystemExit: over"),
+    ("responses, problems", "import os; os._exit(3)", "ended by itself, with status 3"),
+    ("responses, problems", "while True: pass", "did not return within 2 seconds; --reward-timeout"),
 ])
-def test_own_rewards_are_checked(tmp_path, body, message):
+def test_own_rewards_are_called_and_checked(tmp_path, parameters, body, expected):
     file = tmp_path / "own.py"
-    file.write_text(f"def mine(responses, problems):\n    {body}\n")
-    function = load_reward(f"{file}:mine")
-    call = lambda: own_scores(function, ["a", "bb"], [Problem("q", "1")] * 2)
-    if message is None:
-        assert call() in ([0.1, 0.2], [1.0, 0.0])
-    else:
-        with pytest.raises(RewardError, match=message):
-            call()
+    file.write_text(f"def mine({parameters}):\n    {body}\n")
+    (tmp_path / "beside_it.py").write_text("one = 1")
+    reward = OwnReward(f"{file}:mine", timeout=2.0 if "while" in body else 60.0)
+    try:
+        if isinstance(expected, list):
+            assert reward(["a", "bb"], PROBLEMS) == reward(["a", "bb"], PROBLEMS) == expected
+        else:
+            with pytest.raises(RewardError, match=expected):
+                reward(["a", "bb"], PROBLEMS)
+    finally:
+        reward.close()
+    assert not psutil.pid_exists(reward.process.pid)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -450,4 +465,4 @@ def test_own_rewards_are_checked(tmp_path, body, message):
 def test_an_own_reward_that_does_not_load_is_an_error(tmp_path, name, content, message):
     (tmp_path / "own.py").write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_reward(str(tmp_path / name))
+        OwnReward(str(tmp_path / name))

@@ -91,8 +91,8 @@ class OptionParser(argparse.ArgumentParser):
             return dashes + equals + value if dashes in self._option_string_actions else argument
 
         found, rest = self.parse_known_args(list(map(with_dashes, arguments)))
-        if rest and rest[0].endswith((".yaml", ".yml")):
-            self.error(f"a configuration file comes first: {self.prog} {rest[0]} --option value")
+        for file in (each for each in rest if each.endswith((".yaml", ".yml"))):
+            self.error(f"a configuration file comes first: {self.prog} {file} --option value")
         if rest:
             self.error(f"unknown option {rest[0]}{did_you_mean(rest[0], self.options, '--')}")
         return self.options(**vars(found))

@@ -199,12 +199,13 @@ def test_ctrl_c_keeps_the_samples(tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100"],
                                cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
-    while not (tmp_path / "eval.jsonl").is_file() or not (tmp_path / "eval.jsonl").stat().st_size:
+    output = tmp_path / "evals" / "tiny.jsonl"
+    while not output.is_file() or not output.stat().st_size:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130 and "goes on from there" in said and "Traceback" not in said
-    assert (tmp_path / "eval.jsonl").stat().st_size   # the last line may be incomplete
+    assert output.stat().st_size   # the last line may be incomplete
 
 
 def test_runs_and_checkpoints_load_as_models(tmp_path):

@@ -1,17 +1,42 @@
 """Bad input: what was given and what would be right is said, with status 2, and nothing is lost."""
 
+import functools
+import gzip
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 from processes import run as run_script
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+import data
 import train as trainer
 from data import Problem, PromptBuilder
-from options import TINY, EvaluationOptions
-from runs import open_output
+from model_utils import load_model
+from options import TINY, EvaluationOptions, TrainingOptions
+from own_reward import RewardError
+from runs import (
+    _Output,
+    check_output,
+    claim_folder,
+    default_output,
+    give_back,
+    messages_on_exit,
+    open_output,
+)
+from verify import run_bounded
+
+SHORT = ["--batch-size", "4", "--n-on", "4", "--eval-every", "0", "--steps", "1",
+         "--checkpoint-every", "1"]
 
 
 def mistake(arguments, capsys) -> str:
@@ -38,6 +63,12 @@ def mistake(arguments, capsys) -> str:
     (["--beta", "0.1"], "did you mean --kl-coef?"),
     (["--num-train-epochs", "1"], "did you mean --steps?"),
     (["--val-data", "x.jsonl"], "did you mean --test-data?"),
+    (["--steps", "3", "mine.yaml"], "a configuration file comes first: train.py mine.yaml"),
+    (["--config", "mine.yaml"], "a configuration file comes first: train.py mine.yaml"),
+    (["--n-on", "1000000000"], "are 16,000,000,016 responses at the same time"),
+    (["--n-on", "4", "--eval-samples", "1000000000"], "--eval-samples 1000000000 are"),
+    (["--method", "luffy", "--max-new-tokens", "5"], "over 5 tokens; raise --max-new-tokens"),
+    (["--train-data", TINY / "test.jsonl"], "held-out ones too; give other --train-data or"),
 ])
 def test_options_that_cannot_be_right(tmp_path, capsys, arguments, words):
     assert words in mistake([*arguments, "--output-dir", tmp_path / "run"], capsys)
@@ -88,12 +119,70 @@ def test_configuration_files_that_cannot_be_right(tmp_path, capsys, text, words)
     assert words in said and str(file) in said
 
 
+LINE = b'{"problem": "1+1", "answer": "2"}'
+
+
+@pytest.mark.parametrize("name, data, words", [
+    ("data.json", b"[" + LINE + b"]", "data.json is a JSON array"),
+    ("data.csv", b"problem,answer\n1+1,2\n", "data.csv is a table"),
+    ("data.jsonl.gz", gzip.compress(LINE, mtime=0), "data.jsonl.gz is compressed"),
+    ("data.parquet", b"PAR1...", "data.parquet is a Parquet file"),
+    ("", None, "is a folder"),
+    ("openai/gsm8k", None, "no data file at"),
+])
+def test_data_files_that_are_no_jsonl(tmp_path, capsys, name, data, words):
+    if data:
+        (tmp_path / name).write_bytes(data)
+    said = mistake(["--train-data", tmp_path / name, "--output-dir", tmp_path / "run"], capsys)
+    assert words in said and "to_json('data.jsonl')" in said
+
+
+def copy_of_tiny(folder, **files):
+    shutil.copytree(TINY / "model", folder)
+    for name, text in files.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config", "model.safetensors.index"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_model_folders_with_files_that_do_not_parse(tmp_path, name, text):
+    folder = copy_of_tiny(tmp_path / "model", **{name: text})
+    with pytest.raises(ValueError, match=f"{name}.json is damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml",
+                                  "fingerprint.json"])
+def test_runs_with_files_that_do_not_parse(tmp_path, capsys, name):
+    arguments = [*SHORT, "--output-dir", str(tmp_path / "run")]
+    trainer.train(trainer.prepare(arguments))
+    (tmp_path / "run" / name).write_text("{\n")
+    said = mistake([*arguments, "--resume"], capsys)
+    assert f"{tmp_path / 'run' / name}" in said and "is damaged" in said
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
+    folder = copy_of_tiny(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["What"])
+    tokenizer.save_pretrained(folder)
+    arguments = ["--model", folder, "--output-dir", tmp_path / "run"]
+    assert trainer.prepare([*map(str, arguments), "--instruction", ""])   # it is not used
+    said = mistake([*arguments[:2], "--instruction", "What"], capsys)
+    assert "the tokenizer makes the token 'What', 106, but the model's vocabulary has 106" in said
+
+
 @pytest.mark.parametrize("template, words", [
     ("{{ 'Hello' }}", "leaves out the question"),
+    ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+     "it takes more than 1 seconds"),
+    ("{{ 'x' * 20000000000 }}", "it takes more than 1 GiB"),
     ("{% for message in messages %}", "chat template fails"),
     ("{{ raise_exception('only with tools') }}", "chat template fails (only with tools)"),
 ])
-def test_chat_templates_that_cannot_be_used(template, words):
+def test_chat_templates_that_cannot_be_used(monkeypatch, template, words):
+    monkeypatch.setattr(data, "run_bounded", functools.partial(run_bounded, seconds=1))
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = template
     with pytest.raises(ValueError) as caught:
@@ -110,9 +199,8 @@ def test_an_evaluation_replaces_no_file_that_it_did_not_write(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, words in (("link.jsonl", "no plain file"), ("pipe.jsonl", "no plain file"),
                         ("drawing.jsonl", "the picture's file, is there")):
-        options = EvaluationOptions(output=str(tmp_path / name))
         with pytest.raises(ValueError, match=words):
-            open_output(tmp_path / name, options, [])
+            check_output(tmp_path / name)
     assert kept.read_text() == (tmp_path / "drawing.png").read_text() == "precious"
     assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "pipe.jsonl").is_fifo()
 
@@ -145,6 +233,99 @@ def test_a_run_is_resumed_with_its_own_settings_and_data_only(tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     data.write_text((TINY / "train.jsonl").read_text())
     assert trainer.prepare(resume).start == 1
+
+
+def test_two_starts_at_once_take_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = TrainingOptions()
+    claims = [claim_folder(options) for _ in range(2)]
+    assert [str(claim.folder) for claim in claims] == ["runs/icpo-seed0", "runs/icpo-seed0-2"]
+    with pytest.raises(ValueError, match="another process is training there now"):
+        claim_folder(TrainingOptions(output_dir="runs/icpo-seed0"))
+    for claim in reversed(claims):
+        give_back(claim)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_resumed_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY / "train.jsonl", "mine.jsonl")
+    copy_of_tiny(tmp_path / "model")
+    Path("own.py").write_text("def mine(responses, problems):\n    return [0] * len(responses)\n")
+    trainer.train(trainer.prepare([
+        *SHORT, "--train-data", "mine.jsonl", "--model", "model", "--reward", "own.py:mine",
+        "--output-dir", "run"]))
+    monkeypatch.chdir("elsewhere")
+    assert trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run")]).start == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_is_said_once_for_all_processes(tmp_path, capsys, monkeypatch, rank):
+    """torchrun prints what stands in the error file of the first process that has failed."""
+    message = "train.py: error: unknown option --stepz; did you mean --steps?"
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.prepare(["--stepz", "3"])
+    assert capsys.readouterr().err == (message + "\n" if rank == "0" else "")
+    found = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert found["message"] == found["extraInfo"]["py_callstack"] == message
+
+
+def test_output_without_a_reader_is_dropped():
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w")
+    os.close(reading)
+    output = _Output(stream)
+    assert output.write("one\n") == 4
+    print("two", file=output, flush=True)
+    stream.close()
+
+
+def test_a_signal_in_the_first_evaluation_stops_there(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--eval-samples", "200", "--output-dir",
+         str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (folder / "config.yaml").is_file():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "SIGTERM: stopped before the first step; start with: torchrun train.py --resume" in said
+    assert not (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(28, "No space left on device"), "the disk is full"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    (OSError(30, "Read-only file system"), "Read-only file system"),
+])
+def test_a_disk_that_is_full_is_said_to_be_full(tmp_path, capsys, monkeypatch, error, words):
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"), messages_on_exit(tmp_path, RewardError):
+        raise error
+    said = capsys.readouterr().err
+    assert f"{tmp_path} could not be written ({words}); " in said.replace("[Errno 30] ", "")
+    assert "GB are free there" in said and "--resume" in said
+
+
+@pytest.mark.parametrize("model, output", [
+    ("run", "run/eval.jsonl"), ("run/final", "run/eval.jsonl"),
+    ("run/checkpoints/step-3", "run/eval.jsonl"), ("tiny", "evals/tiny.jsonl"),
+    ("Qwen/Qwen3-1.7B", "evals/Qwen3-1.7B.jsonl"),
+])
+def test_an_evaluation_is_written_into_the_run_or_into_evals(tmp_path, monkeypatch, model, output):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("steps: 3\n")
+    assert default_output(model) == Path(output)
 
 
 def test_a_run_that_changed_nothing_says_so(tmp_path, capsys, monkeypatch):

@@ -22,14 +22,7 @@ import reward
 import verify
 from data import Problem
 from own_reward import OwnReward, RewardError
-from reward import (
-    Notes,
-    count_votes,
-    extract_answer,
-    find_unclear,
-    score,
-    settle,
-)
+from reward import Notes, count_votes, extract_answer, find_unclear, score, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -438,7 +431,7 @@ PROBLEMS = [Problem("q", "1", id="a"), Problem("q", "2", id="b")]
     ("responses, problems", "return 3", "TypeError"),
     ("responses, problems", "import sys; sys.exit('over')", "own.py, line 2.*SystemExit: over"),
     ("responses, problems", "import os; os._exit(3)", "ended by itself, with status 3"),
-    ("responses, problems", "while True: pass", "did not return within 2 seconds; --reward-timeout"),
+    ("responses, problems", "while True: pass", "not return within 2 seconds; --reward-timeout"),
 ])
 def test_own_rewards_are_called_and_checked(tmp_path, parameters, body, expected):
     file = tmp_path / "own.py"

@@ -450,9 +450,16 @@ def test_a_run_without_final_answers_warns_in_its_first_steps(tmp_path, capsys):
     trainer.train(prepare(tmp_path / "run", "--answer-format", "tags", "--eval-every", 0))
     assert [row["answered"] for row in metrics_of(tmp_path / "run")] == [0] * 4
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
-    assert [line.partition(" of step ")[2].split()[0] for line in warnings] == ["1", "2", "3"]
-    assert "no response of step 1 has a final answer of the form --answer-format tags" in (
+    assert [line.partition(" step ")[2].split()[0] for line in warnings] == ["1", "2", "3"]
+    assert "no response has a final answer of the form --answer-format tags; every reward is 0" in (
         warnings[0])
+
+
+def test_a_run_whose_responses_are_all_cut_off_warns(tmp_path, capsys):
+    run = prepare(tmp_path / "run", "--max-new-tokens", 2, "--eval-every", 0, "--steps", 1)
+    trainer.train(run)
+    assert "all responses were cut off at --max-new-tokens 2; every reward is 0" in (
+        capsys.readouterr().err)
 
 
 def test_rounding_at_random_keeps_the_mean():

@@ -250,6 +250,9 @@ def main() -> None:
     else:
         model = Transformer(ModelConfig.from_hf(hf_config))
         model.hf_config = hf_config
+        model.generation_config = {   # the longest worked solution has 42 tokens
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+            "max_new_tokens": 48}
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.02)

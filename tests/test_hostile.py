@@ -109,12 +109,13 @@ def test_folders_that_cannot_hold_a_run(tmp_path, capsys, make):
     ("steps: [3\n", "is not valid YAML"),
     ("seed: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
     ("7: 3\n", "unknown option"),
+    ("steps: \xff\xfe3\n", "is not valid YAML"),
     ("- steps\n", "lines of the form 'option: value' were expected"),
     ("beta: 0.1\n", "did you mean kl_coef?"),
 ])
 def test_configuration_files_that_cannot_be_right(tmp_path, capsys, text, words):
     file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    file.write_bytes(text.encode("latin-1"))
     said = mistake([file, "--output-dir", tmp_path / "run"], capsys)
     assert words in said and str(file) in said
 

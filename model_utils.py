@@ -254,12 +254,11 @@ class Attention(nn.Module):
         """x [B, T, D] -> queries [B, T, H·E], keys and values [B, T, K·E]."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x, cos, sin, layout):
-        """x [B, T, D] -> [B, T, D]. layout: WholeSequences, a Packing or a CachedLayer."""
+    def heads(self, x, cos, sin):
+        """x [B, T, D] -> queries [B, H, T, E], keys and values [B, K, T, E]."""
         q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)) for y in self.project(x))
-        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))   # [B, ·, T, E]
-        out = layout.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)             # [B, T, H, E]
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -286,9 +285,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, layout):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+    def before_attention(self, x, cos, sin):
+        return self.self_attn.heads(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, layout):
+        """x [B, T, D] -> [B, T, D]. layout: WholeSequences, a Packing or a CachedLayer."""
+        return self.after_attention(x, layout.attend(*self.before_attention(x, cos, sin)))
 
 
 class Body(nn.Module):
@@ -329,14 +335,14 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., V]"""
-        return F.linear(hidden, self.head)
+        """[..., D] -> [..., V], in float32 or the model's dtype, whichever is wider."""
+        return _logits(hidden, self.head)
 
     def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None,
                 chunk_size: int = 1024):
         """All uses with gradient go through `forward`, so that FSDP's hooks run in each.
 
-        - forward(tokens): [B, T] int64 -> logits [B, T, V].
+        - forward(tokens): [B, T] int64 -> logits [B, T, V], see `logits`.
         - forward(tokens, targets): -> (log π(target | tokens up to it), entropy in nats), both
           [B, T] float32, 0 where `mask` [B, T] is False; see `token_logprobs`.
         - forward(packing): -> the same, both [M], of the response tokens in the order of the rows.
@@ -400,6 +406,22 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities
 
+def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """[..., D], [V, D] -> [..., V]; products of bfloat16 are summed and left in float32.
+
+    A logit of 20 rounded to bfloat16 is off by up to 1/16. The sampler and the trainer compute
+    slightly different hidden states, so they would round some logits to different sides.
+    """
+    if hidden.dtype.itemsize >= 4:
+        return F.linear(hidden, head)
+    if hidden.is_cuda and not torch.is_grad_enabled():
+        return torch.mm(hidden.flatten(0, -2), head.T,
+                        out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
+    # The product above has neither a kernel for CPUs nor a derivative. The copy of the head holds
+    # V·D numbers, which is about as many as a chunk of logits.
+    return F.linear(hidden.float(), head.float())
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     """hidden [N, D], head [V, D], targets [N] -> log-probabilities and entropies, [N] float32 each.
 
@@ -413,7 +435,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         pieces = []
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            logits = F.linear(h, head).float().div_(temperature)                            # [n, V]
+            logits = _logits(h, head).float().div_(temperature)                            # [n, V]
             log_z = logits.logsumexp(-1)
             logprobs = logits.gather(-1, t[:, None])[:, 0] - log_z
             entropy = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
@@ -431,7 +453,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                   for each in (hidden, targets, log_z, gradients[0], grad_hidden))
         for h, t, z, g, out in zip(*chunks, strict=True):
             # ∂ log π(t) / ∂ logit is [the logit is that of t] − π.
-            d = F.linear(h, head).float().div_(ctx.temperature).sub_(z[:, None]).exp_()
+            d = _logits(h, head).float().div_(ctx.temperature).sub_(z[:, None]).exp_()
             d = d.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             d = d.div_(ctx.temperature).to(head.dtype)                                      # [n, V]
             torch.mm(d, head, out=out)

@@ -54,7 +54,9 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
         "entropy": per(mean["entropy"], mean["on_policy"]),
         **{name: mean[name] for name in ("clip_fraction", "clip_fraction_off", "off_policy_share")},
         "ratio_max": max(u["ratio_max"] for u in updates),
-        "logprob_gap": updates[0]["logprob_gap"] if gap is None else gap,   # θ was still θ_old
+        # In the first update θ is still θ_old.
+        "logprob_gap": updates[0]["logprob_gap"] if gap is None else gap,
+        "clip_at_start": per(updates[0]["beyond"], updates[0]["on_policy"]),
         **{name: mean[name] for name in ("kl", "policy_loss", "grad_norm")},
         "groups_all_equal": s["all_equal"] / s["groups"],
         "response_length": per(s["tokens_on"], s["count_on"]),

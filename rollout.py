@@ -247,7 +247,8 @@ class Sampler:
             shape = (self.slots, self.max_length)
             self.lengths, self.tokens, self.counts = (zeros(self.slots) for _ in range(3))
             self.done = torch.ones_like(self.counts)
-            self.prompt_logits = zeros(self.slots, self.config.vocab_size, dtype=self.dtype)
+            self.prompt_logits = zeros(self.slots, self.config.vocab_size,   # as Transformer.logits
+                                       dtype=torch.promote_types(self.dtype, torch.float32))
             self.sampled = zeros(shape)
             self.logprobs = zeros(shape, dtype=torch.float32)
             self.uniforms = zeros(shape, dtype=torch.float64)

@@ -245,10 +245,12 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         (loss * share * world_size()).backward()
 
         on_policy = mask & ~off_policy[:, None]
-        gap = ((logprobs.detach() - old_logprobs).abs() * on_policy).max()
-        totals.maximum(ratio_max=metrics.pop("ratio_max").item(), logprob_gap=gap.item())
+        gap = (logprobs.detach() - old_logprobs) * on_policy                               # [B, R]
+        ratio = gap.exp()
+        totals.maximum(ratio_max=metrics.pop("ratio_max").item(), logprob_gap=gap.abs().max().item())
         totals.add(**{name: value.item() * share for name, value in metrics.items()},
                    entropy=(entropy * on_policy).sum().item(), on_policy=on_policy.sum().item(),
+                   beyond=(ratio != ratio.clamp(1 - o.clip_low, 1 + o.clip_high)).sum().item(),
                    cells=sum(bucket.numel() for bucket in packing.buckets),
                    padding=packing.padding, shared=packing.shared)
     norm = distributed.clip_gradients(run.model, o.grad_clip)

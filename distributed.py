@@ -226,17 +226,33 @@ def wrap_blocks(model: "Transformer", recompute: str = "none", compile: bool = F
 
     recompute: "all": only a block's input is kept, and the backward pass computes the rest again;
     "cheap": the backward pass computes again all but matrix products and attention; "none".
+    compile: compiles what lies before attention and what lies behind it. Attention itself would be
+    compiled anew for every number of buckets.
     """
     if recompute == "none" and not compile:
         return
+    how = {"context_fn": _keep_products} if recompute == "cheap" else {}
+    recomputed = functools.partial(functools.partial, checkpoint, use_reentrant=False, **how)
     for block in model.model.layers:
         plain = trained = block.forward
         if compile:
-            trained = torch.compile(trained, dynamic=True)
-        if recompute != "none":
-            how = {"context_fn": _keep_products} if recompute == "cheap" else {}
-            trained = functools.partial(checkpoint, trained, use_reentrant=False, **how)
+            parts = block.before_attention, _attend, block.after_attention
+            if recompute == "cheap":   # in each part: the products in compiled code are not seen
+                parts = [recomputed(part) for part in parts]
+            before, attend, after = parts
+            before, after = (torch.compile(part, dynamic=True) for part in (before, after))
+            trained = functools.partial(_block, before, attend, after)
+        if recompute == "all" or recompute == "cheap" and not compile:
+            trained = recomputed(trained)
         block.forward = functools.partial(_with_gradient_or_not, trained, plain)
+
+
+def _attend(layout, *heads):
+    return layout.attend(*heads)
+
+
+def _block(before, attend, after, x, cos, sin, layout):
+    return after(x, attend(layout, *before(x, cos, sin)))
 
 
 def _keep_products():

@@ -25,9 +25,10 @@ def merged_products(model: "Transformer"):
     """Speeds up sampling on CPUs until the `with` block ends; on a GPU it does nothing.
 
     In bfloat16 it keeps a float32 copy of the head, which each decode step would make again. The
-    rest is for float32 on x86. Layers with the same input become one product. Weights that are not small go through a kernel of
-    oneDNN, and large ones are stored in the order in which that kernel reads them: with the few
-    rows of a decode step it takes half the time of the kernel behind F.linear.
+    rest is for float32 on x86. Layers with the same input become one product. Weights that are not
+    small go through a kernel of oneDNN, and large ones are stored in the order in which that kernel
+    reads them: with the few rows of a decode step it takes half the time of the kernel behind
+    F.linear.
     Weights are moved, not copied, and moved back bit for bit. Meanwhile the weights of these layers
     are empty, and only `extend` and `logits` of the model work.
     """

@@ -246,8 +246,8 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
 
         on_policy = mask & ~off_policy[:, None]
         gap = (logprobs.detach() - old_logprobs) * on_policy                               # [B, R]
-        ratio = gap.exp()
-        totals.maximum(ratio_max=metrics.pop("ratio_max").item(), logprob_gap=gap.abs().max().item())
+        ratio, largest = gap.exp(), gap.abs().max()
+        totals.maximum(ratio_max=metrics.pop("ratio_max").item(), logprob_gap=largest.item())
         totals.add(**{name: value.item() * share for name, value in metrics.items()},
                    entropy=(entropy * on_policy).sum().item(), on_policy=on_policy.sum().item(),
                    beyond=(ratio != ratio.clamp(1 - o.clip_low, 1 + o.clip_high)).sum().item(),

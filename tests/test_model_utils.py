@@ -1,7 +1,10 @@
 """Compares the Transformer with transformers' models, and tests reading and writing of folders."""
 
+import copy
+import functools
 import json
 import platform
+import random
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +12,8 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import ROOT
+from processes import run as run_script
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
@@ -35,7 +40,7 @@ from model_utils import (
     save_model,
     token_logprobs,
 )
-from rollout import generate
+from rollout import Sampler, generate
 
 V, STOP = 100, 3
 # The original length is so short that some frequencies are divided, some kept and some blended.
@@ -323,6 +328,40 @@ def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, m
                      msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the test needs a GPU"))])
+def test_bfloat16_logits_are_not_rounded(device):
+    """Those of the model, of the sampler and of the log-probabilities are the product in float32:
+    bfloat16 would be off by up to a hundredth here, and each of these rounded by itself."""
+    model = make_model(head_dim=16).to(device, torch.bfloat16)
+    tokens = random_tokens(2, 9).to(device)
+    exact, of_norm = [], lambda module, args, out: exact.append(
+        out.detach().double() @ model.head.detach().double().T)
+    hook = model.model.norm.register_forward_hook(of_norm)
+    logits = model(tokens)
+    assert logits.dtype == torch.float32 and logits.abs().max() > 3
+    assert_close(logits.double(), exact[-1], atol=1e-5, rtol=0)
+    logits.sum().backward()   # it has a gradient, too
+
+    logprobs = token_logprobs(model, tokens)
+    expected = exact[-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    assert_close(logprobs.double(), expected, atol=1e-5, rtol=0)
+
+    prompt = tokens[0].tolist()
+    sampler = Sampler(model.config, 1, 16, device, torch.bfloat16)
+    completion, = generate(model, [prompt], max_new_tokens=2, sampler=sampler)
+    del exact[:]
+    hook.remove()
+    assert sampler.prompt_logits.dtype == torch.float32
+    with torch.inference_mode(), merged_products(model):
+        cache = KVCache(model.config, 1, 16, device, torch.bfloat16)
+        hidden = model.extend(tokens[:1], cache)[:, -1]
+        first = hidden.double() @ model.head.double().T
+        assert_close(model.logits(hidden).double(), first, atol=1e-5, rtol=0)
+    assert completion.logprobs[0] == pytest.approx(
+        first.log_softmax(-1)[0, completion.tokens[0]].item(), abs=1e-5)
+
+
 def test_an_empty_mask_gives_zeros_and_zero_gradients():
     model = make_model(head_dim=16)
     mask = torch.zeros(2, 4, dtype=torch.bool)
@@ -375,6 +414,70 @@ def test_a_packing_gives_the_same_as_each_row_alone(rows, wrapped, temperature):
     for (name, _), gradient, wanted in zip(model.named_parameters(), gradients, expected_gradients):
         assert_close(gradient, wanted, atol=1e-5, rtol=1e-5,
                      msg=lambda text, name=name: f"{name}: {text}")
+
+
+def packing_with_buckets(count, seed):
+    """`count` rows of such lengths that there are many different numbers of buckets."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(V) for _ in range(rng.randrange(1, 9))] for _ in range(count)]
+    return pack(prompts, [[rng.randrange(V) for _ in range(rng.choice([1, 2, 5, 10, 20, 40, 80]))]
+                          for _ in prompts])
+
+
+@pytest.fixture
+def compiled_without_code(monkeypatch):
+    """torch.compile traces and differentiates, but generates no code, which takes longest."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "all"])
+def test_compiled_blocks_serve_every_packing(recompute, compiled_without_code):
+    model = make_model(head_dim=16).double()
+    compiled = copy.deepcopy(model)
+    wrap_blocks(compiled, recompute, compile=True)
+    packings = [packing_with_buckets(count, seed=count) for count in range(2, 22)]
+    assert len({len(packing.buckets) for packing in packings}) > 4
+    for number, packing in enumerate(packings):
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            logprobs, _ = response_logprobs(compiled, packing)
+            gradients = torch.autograd.grad(logprobs.sum(), list(compiled.parameters()))
+        expected, _ = response_logprobs(model, packing)
+        assert_close(logprobs, expected, atol=1e-6, rtol=0)
+        names, parameters = zip(*model.named_parameters())
+        for name, gradient, wanted in zip(
+                names, gradients, torch.autograd.grad(expected.sum(), parameters)):
+            assert_close(gradient, wanted, atol=1e-5, rtol=1e-5,
+                         msg=lambda text, name=name: f"{name}: {text}")
+
+
+COMPILED_AND_SHARDED = """
+import functools, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+from distributed import full_tensor, init_distributed, rank, shard, wrap_blocks
+from model_utils import response_logprobs
+from test_model_utils import make_model, packing_with_buckets
+
+init_distributed("cpu")
+model, whole = make_model(head_dim=16), make_model(head_dim=16)
+shard(model, torch.float32)
+wrap_blocks(model, "cheap", compile=True)
+for step in range(3):
+    with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+        response_logprobs(model, packing_with_buckets(4 + step, rank()))[0].sum().backward()
+    for each in range(2):
+        loss = response_logprobs(whole, packing_with_buckets(4 + step, each))[0].sum()
+        (loss / 2).backward()   # FSDP averages over the processes
+for mine, expected in zip(model.parameters(), whole.parameters(), strict=True):
+    torch.testing.assert_close(full_tensor(mine.grad), expected.grad, atol=1e-3, rtol=1e-4)
+"""
+
+
+def test_compiled_blocks_work_sharded(tmp_path):
+    (tmp_path / "sharded.py").write_text(COMPILED_AND_SHARDED.format(root=str(ROOT)))
+    run_script("sharded.py", processes=2, root=tmp_path)
 
 
 @pytest.mark.parametrize("prompts, lengths, positions, shared", [

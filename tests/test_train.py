@@ -491,7 +491,7 @@ def test_a_run_folder_holds_all_files_and_metrics(whole_run):
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction",
-                "ratio_max", "logprob_gap", "kl", "grad_norm", "response_length",
+                "ratio_max", "logprob_gap", "clip_at_start", "kl", "grad_norm", "response_length",
                 "tokens_per_second", "step_seconds", "prefill_seconds", "decode_seconds",
                 "slot_occupancy", "wasted_positions"}
     assert all(promised <= row.keys() for row in rows)
@@ -563,7 +563,27 @@ def test_each_mini_batch_is_updated_with_its_own_questions(tmp_path, monkeypatch
     metrics, _ = trainer.train_step(run, 0, lambda phase: None)
     assert seen == [{0, 1}, {2, 3}]
     # The gap is that of the first update; the second one sees other weights than the sampler did.
-    assert metrics["logprob_gap"] < 1e-4
+    assert metrics["logprob_gap"] < 1e-4 and metrics["clip_at_start"] == 0
+
+
+def test_clip_at_start_counts_on_policy_tokens_beyond_the_clip_range(tmp_path, monkeypatch):
+    """Log-probabilities that are off by 0.5, 0.3 or 0.1 in three tokens of each response stand for
+    rounding; of the ratios 1.65, 1.35 and 0.90, the default range of 0.8 to 1.2 leaves out two."""
+    run = prepare(tmp_path / "run", "--mini-batch-size", "2")
+
+    def sample(*arguments):
+        responses = sampled(*arguments)
+        for response in responses:
+            for place, error in enumerate((0.5, 0.3, -0.1)):
+                response.old_logprobs[place] -= error
+        return responses
+
+    sampled = trainer.sample_responses
+    monkeypatch.setattr(trainer, "sample_responses", sample)
+    metrics, batch = trainer.train_step(run, 0, lambda phase: None)
+    first = [r for r, *_, keep, _ in batch.rows()
+             if keep and not r.off_policy and r.question.index < 2]
+    assert metrics["clip_at_start"] == 2 * len(first) / sum(len(r.tokens) for r in first) > 0
 
 
 def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):

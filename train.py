@@ -120,10 +120,9 @@ def draw_questions(run: Run, step: int) -> list[Question]:
     def question(index: int) -> Question:
         epoch, place = divmod(step * o.batch_size + index, count)
         problem = run.problems[_epoch_order(o.seed, epoch, count)[place]]
-        demos = []
-        if run.demonstrations is not None:
-            demos = [run.demonstrations.draw(problem, random.Random(
-                f"demonstrations {o.seed} {step} {index} {j}")) for j in range(o.n_off)]
+        demos = [] if run.demonstrations is None else [run.demonstrations.draw(
+            problem, random.Random(f"demonstrations {o.seed} {step} {index} {j}"))
+            for j in range(o.n_off)]
         return Question(index, problem, run.builder.plain(problem), demos)
 
     mine = []
@@ -243,7 +242,6 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
             clip_off_policy=o.clip_off_policy, log_ratio_clamp=o.log_ratio_clamp or None)
         # FSDP averages over the processes, and Z is already that of all of them.
         (loss * share * world_size()).backward()
-
         on_policy = mask & ~off_policy[:, None]
         gap = (logprobs.detach() - old_logprobs) * on_policy                               # [B, R]
         ratio, largest = gap.exp(), gap.abs().max()

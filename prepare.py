@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def choose_length(o: SharedOptions, model: Transformer) -> None:
                            positions - min(o.max_prompt_length, positions // 2))
     if is_main():
         print(f"responses of at most {o.max_new_tokens} tokens; --max-new-tokens sets another "
-              f"limit")
+              f"limit", file=sys.stderr)
 
 
 def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None:

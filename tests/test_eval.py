@@ -22,6 +22,7 @@ from prepare import load_any_model, prepare_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
+SAMPLES, TABLE = "evals/tiny.jsonl", "evals/tiny.json"   # of the embedded model
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_the_command_writes_the_table_and_samples(tmp_path, processes):
     table = [line.split() for line in done.stdout.splitlines()[1:4]]
     assert " ".join(table[0]) == (
         "data shots temperature problems avg@1 95 % interval pass@1 maj@1 tokens truncated")
-    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / SAMPLES).read_text().splitlines()]
     assert [row["shots"] for row in rows] == [0] * 12 + [1] * 12
     for line, part in zip(table[1:], (rows[:12], rows[12:])):
         assert line[4] == f"{sum(row['score'] for row in part) / 12:.1%}"
@@ -145,41 +146,42 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
     """The file ends in the middle of a problem and of a line. Other settings get another file and
     are refused where --output names this one."""
     whole = command(tmp_path, "--shots", 0, check=True).stdout
-    text = (tmp_path / "eval.jsonl").read_text()
+    text = (tmp_path / SAMPLES).read_text()
     lines = text.splitlines(keepends=True)
-    (tmp_path / "eval.jsonl").write_text("".join(lines[:151]) + lines[151][:20])
+    (tmp_path / SAMPLES).write_text("".join(lines[:151]) + lines[151][:20])
     again = command(tmp_path, "--shots", 0, check=True)
-    assert (tmp_path / "eval.jsonl").read_text() == text and again.stdout == whole
+    assert (tmp_path / SAMPLES).read_text() == text and again.stdout == whole
     more = command(tmp_path, "--shots", 0, 1, check=True)   # only the new row is sampled
-    assert (tmp_path / "eval.jsonl").read_text().startswith(text)
+    assert (tmp_path / SAMPLES).read_text().startswith(text)
     assert whole.splitlines()[2] in more.stdout
-    assert len(json.loads((tmp_path / "eval.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / TABLE).read_text())["rows"]) == 2
     other = command(tmp_path, "--shots", 0, "--seed", 1, "--limit", 4, check=True)
-    assert "eval-2.jsonl" in other.stdout
-    refused = command(tmp_path, "--shots", 0, "--seed", 1, "--output", "eval.jsonl")
+    assert "evals/tiny-2.jsonl" in other.stdout
+    refused = command(tmp_path, "--shots", 0, "--seed", 1, "--output", "evals/tiny.jsonl")
     assert refused.returncode == 2 and "holds another evaluation (seed: 0, not 1)" in refused.stderr
-    assert (tmp_path / "eval.jsonl").read_text().startswith(text)
+    assert (tmp_path / SAMPLES).read_text().startswith(text)
 
 
 def test_samples_may_lie_in_the_folder_of_the_model(tmp_path):
     """Writing the samples does not count as a change of the model; writing the weights does."""
     shutil.copytree(TINY / "model", tmp_path / "model")
-    arguments = tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3
+    arguments = (tmp_path / "model", "--model", ".", "--shots", 0, "--limit", 3, "--output",
+                 "eval.jsonl")
     command(*arguments, check=True)
     text = (tmp_path / "model" / "eval.jsonl").read_text()
     (tmp_path / "model" / "eval.jsonl").write_text(text[:200])
-    command(*arguments, "--output", "eval.jsonl", check=True)
+    command(*arguments, check=True)
     assert (tmp_path / "model" / "eval.jsonl").read_text() == text
     (tmp_path / "model" / "model.safetensors").touch()
-    assert "has changed" in command(*arguments, "--output", "eval.jsonl").stderr
+    assert "has changed" in command(*arguments).stderr
 
 
 def test_an_evaluation_that_has_just_begun_keeps_its_file(tmp_path):
     """An evaluation writes its settings before its first samples."""
     command(tmp_path, "--shots", 0, "--limit", 3, check=True)
-    (tmp_path / "eval.jsonl").write_text("")
+    (tmp_path / SAMPLES).write_text("")
     other = command(tmp_path, "--shots", 0, "--limit", 3, "--seed", 1, check=True)
-    assert "eval-2.jsonl" in other.stdout
+    assert "evals/tiny-2.jsonl" in other.stdout
     (tmp_path / "other.json").write_text("{}")
     refused = command(tmp_path, "--shots", 0, "--limit", 3, "--output", "other.jsonl")
     assert refused.returncode == 2 and "holds something else" in refused.stderr
@@ -238,11 +240,13 @@ def test_a_comparison_equals_one_computed_by_hand():
                       "distance": 1.75 / 4, "gained": 0.5, "lost": 0.25}
 
 
-@pytest.mark.parametrize("problems, low, high, said", [
-    (100, 0.1, 0.3, "they help"), (100, -0.3, -0.1, "they do harm"),
-    (100, -0.1, 0.1, "cannot be told apart"), (5, 1.0, 1.0, "too few to say")])
-def test_the_verdict_follows_the_interval(problems, low, high, said):
-    text = pilot.verdict("x", 1, {"accuracy": 0.2, "problems": problems}, {"accuracy": 0.5},
+@pytest.mark.parametrize("problems, low, high, truncated, said", [
+    (100, 0.1, 0.3, 0.5, "they help"), (100, -0.3, -0.1, 0.0, "they do harm"),
+    (100, -0.1, 0.1, 0.0, "cannot be told apart"), (5, 1.0, 1.0, 0.0, "too few to say"),
+    (100, 0.1, 0.3, 0.6, "raise --max-new-tokens")])
+def test_the_verdict_follows_the_interval(problems, low, high, truncated, said):
+    text = pilot.verdict("x", 1, {"accuracy": 0.2, "problems": problems, "truncated": truncated},
+                         {"accuracy": 0.5, "truncated": 0.0},
                          {"difference_low": low, "difference_high": high, "gained": 0.4},
                          0.3, 0.35, {1.5: {"gained": 0.1}})
     assert said in text and ("accept 30.0% of the answers with demonstrations, "
@@ -252,9 +256,9 @@ def test_the_verdict_follows_the_interval(problems, low, high, said):
 def test_compare_shots_reports_the_change_per_setting(tmp_path):
     done = command(tmp_path, "--compare-shots", "--temperatures", 1.4, "--samples", 1, check=True)
     assert "they help, and ICPO" in done.stdout
-    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
-    result, = json.loads((tmp_path / "eval.json").read_text())["comparison"]
-    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert (tmp_path / "evals/tiny.png").read_bytes().startswith(b"\x89PNG")
+    result, = json.loads((tmp_path / TABLE).read_text())["comparison"]
+    rows = [json.loads(line) for line in (tmp_path / SAMPLES).read_text().splitlines()]
     plain, steered = ([row["score"] for row in rows
                        if (row["shots"], "again" in row) == (shots, False)] for shots in (0, 1))
     difference = pytest.approx((sum(steered) - sum(plain)) / 100)

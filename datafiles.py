@@ -27,11 +27,11 @@ def read_rows(path: Path, needs: Sequence[str], answer_lists: str) -> list[dict[
 
     answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
     An answer or id may be a number, and stays as it is written; the default id is the file's name
-    and the line. Raises ValueError for a missing or empty file, and one that names file and line
-    for a line that is no JSON object in UTF-8, lacks a field or has an empty field or one of the
-    wrong type.
+    and the line, and the line is added to an id that an earlier one has. Raises ValueError for a
+    missing or empty file, and one that names file and line for a line that is no JSON object in
+    UTF-8, lacks a field or has an empty field or one of the wrong type.
     """
-    rows = []
+    rows, ids = [], set()
     for number, line in enumerate(_read_jsonl(path), start=1):
         if not line.strip():
             continue
@@ -56,6 +56,9 @@ def read_rows(path: Path, needs: Sequence[str], answer_lists: str) -> list[dict[
             if len(texts) > 1:
                 fields["other_answers"] = tuple(texts[1:])
         fields.setdefault("id", f"{path.stem}-{number}")
+        while fields["id"] in ids:   # eval.py finds the answers to a problem by its id
+            fields["id"] += f"-{number}"
+        ids.add(fields["id"])
         rows.append(fields)
     if not rows:
         raise ValueError(f"{path} holds no problems")

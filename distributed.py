@@ -35,19 +35,24 @@ def init_distributed(device: str = "auto", needed: bool = False) -> torch.device
     """Joins the process group that torchrun describes, if there is one; returns the device to use.
 
     needed: make a group even for one process, because FSDP's mixed precision needs one. Raises
-    ValueError for a device that is unknown or not there.
+    ValueError for a device that is unknown or not there, and for more processes than GPUs.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU; give cpu or auto")
     on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    local = torch.device("cpu")
-    if on_gpu:
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    enough, local = here <= gpus, torch.device("cpu")
+    if on_gpu and enough:
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
+        # Flash attention shall serve. On Hopper and Blackwell PyTorch prefers cuDNN's, which takes
+        # tens of milliseconds to plan for each new shape, and nearly every packing has new shapes;
+        # on Blackwell it was reported to be wrong (pytorch issues 193893 and 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if on_gpu and enough else "gloo"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             store, number, size = next(dist.rendezvous("env://"))
             # After a restart by torchrun --max-restarts the store may still hold the addresses of
@@ -57,6 +62,9 @@ def init_distributed(device: str = "auto", needed: bool = False) -> torch.device
             dist.init_process_group(backend, store=store, rank=number, world_size=size)
         elif needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if on_gpu and not enough:   # the processes know one another now, so one of them says it
+        raise ValueError(f"{here} processes on this machine need a GPU each, but PyTorch sees "
+                         f"{gpus}: start at most {gpus}, or give --device cpu")
     return local
 
 
@@ -201,14 +209,20 @@ def shard(model: "Transformer", compute_dtype: torch.dtype, shard_size: int = 0,
                     offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
 
 
-def gather_model(model: "Transformer", dtype: torch.dtype) -> "Transformer":
+def gather_model(model: "Transformer", dtype: torch.dtype,
+                 into: "Transformer | None" = None) -> "Transformer":
     """The model to sample with: `model` itself if it is whole and in `dtype`, else a whole copy.
 
-    The copy is in `dtype` and is gathered once here instead of once a token. Every process must
-    call this; drop the copy when done.
+    The copy is in `dtype` and is gathered once here instead of once a token. into: an earlier copy,
+    which gets the weights of now and is returned. Every process must call this, with `into` or not;
+    drop the copy when done.
     """
     if model.dtype == dtype and not is_sharded(model.model.embed_tokens.weight):
         return model
+    if into is not None:
+        for old, parameter in zip(into.parameters(), model.parameters(), strict=True):
+            old.copy_(full_tensor(parameter.detach().to(dtype)))
+        return into
     # FSDP has made the model's class a subclass of its own.
     plain = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
     with torch.device("meta"):
@@ -298,6 +312,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure=None):
         if self.rest == "float32":
             return super().step(closure)
+        number = self._updates() + 1
         group, = self.param_groups
         parameters = group["params"]
         try:
@@ -308,21 +323,26 @@ class AdamW(torch.optim.AdamW):
                         state[name] = state[name].to(device=parameter.device, dtype=torch.float32)
                 group["params"] = [parameter]
                 super().step()
-                self._put_away(state, index)
+                self._put_away(state, index, number)
         finally:
             group["params"] = parameters
 
     def put_all_away(self) -> None:
         """Stores the moments as `rest` says after a checkpoint was read, which restores float32."""
+        number = self._updates()
         for index, parameter in enumerate(self.param_groups[0]["params"]):
-            self._put_away(self.state[parameter], index)
+            self._put_away(self.state[parameter], index, number)
 
-    def _put_away(self, state: dict, index: int) -> None:
+    def _updates(self) -> int:
+        """Updates made so far; it waits for the device once, not once a parameter."""
+        return next((int(state["step"]) for state in self.state.values() if "step" in state), 0)
+
+    def _put_away(self, state: dict, index: int, number: int) -> None:
         if self.rest == "cpu":
             state |= {name: state[name].cpu() for name in MOMENTS if name in state}
         elif self.rest == "bfloat16" and "exp_avg" in state:
             # The CPU's generator ignores the bits of a seed beyond 32.
-            seed = (int(state["step"]) * 1_000_003 + index) % 2 ** 32
+            seed = (number * 1_000_003 + index) % 2 ** 32
             state |= {"exp_avg": state["exp_avg"].bfloat16(),
                       "exp_avg_sq": round_at_random(state["exp_avg_sq"], seed)}
 

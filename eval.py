@@ -28,8 +28,10 @@ from options import EvaluationOptions, OptionParser, end_with_mistake
 from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import count_votes, extract_answer, make_scorer
-from rollout import Sampler, generate
-from runs import find_output, follow_tokens, outlive_readers
+from rollout import Completion, Sampler, choose_slots, generate
+from runs import find_output, follow_tokens, outlive_readers, write_samples
+
+KEEP_EVERY = 64   # answers that a process scores and appends to the file at the same time
 
 # --------------------------------------------------------------------------------------------------
 # Sampling, scoring, summary
@@ -39,40 +41,64 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
              max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
              seed: int = 0, slots: int = 0, sampler: Sampler | None = None,
              scorer: Callable | None = None, progress: Callable | None = None,
-             first: int = 0) -> list[dict]:
+             numbers: Sequence[int] | None = None, keep: Callable | None = None) -> list[dict]:
     """Samples `samples` answers to every problem and scores them; processes share the problems.
 
     demonstrations: a pool that every problem was admitted to; None asks plainly. slots, sampler,
     progress: see `generate`. scorer: see make_scorer; by default the answer in the last box earns
-    1.0 if it is right, else 0.0. first: the number of the first problem, where the problems are a
-    part of a data set.
+    1.0 if it is right, else 0.0. numbers: those of the problems in their data set, by default from
+    0 on. keep: called in this process with the new records whenever about KEEP_EVERY of its answers
+    to problems that are complete have ended, so that a kill loses little.
     Random numbers depend on (seed, number of the problem, sample) alone, so two evaluations differ
     by the model only. Returns on every process one dict a sample, `samples` consecutive ones a
     problem: id, sample, response, score, tokens, finished.
     """
-    def prompt(number: int, problem: Problem) -> list[int]:
-        if demonstrations is None:
-            return builder.plain(problem)
-        return demonstrations.draw(problem, random.Random(f"evaluation {seed} {number}"))[1]
-
-    prompts = [prompt(first + i, problem) for i, problem in enumerate(problems)]
+    numbers = range(len(problems)) if numbers is None else numbers
+    prompts = [make_prompt(*each, builder, demonstrations, seed)
+               for each in zip(numbers, problems, strict=True)]
     mine = my_share([len(prompt) + max_new_tokens for prompt in prompts])
-    completions = generate(
-        model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
-        stream_ids=[first + i for i in mine], slots=slots, sampler=sampler, progress=progress)
-    texts = [builder.response_text(c.tokens, model.stop_ids) for c in completions]
-    owners = [i for i in mine for _ in range(samples)]
-    scores = []
-    if texts:   # with fewer problems than processes some have none
-        scores = (scorer or make_scorer())(texts, [problems[i] for i in owners])
-    records = {(i, j % samples): {"id": problems[i].id, "sample": j % samples, "response": text,
-                                  "score": right, "tokens": len(completion.tokens),
-                                  "finished": completion.finished}
-               for j, (i, text, right, completion)
-               in enumerate(zip(owners, texts, scores, completions, strict=True))}
+    answers: dict[int, dict[int, Completion]] = {i: {} for i in mine}   # to problem i, by sample
+    complete: list[int] = []   # problems that are not scored yet
+    records: dict[tuple[int, int], dict] = {}
+    scorer = scorer or make_scorer()
+
+    def end(index: int, completion: Completion) -> None:
+        i = mine[index // samples]
+        answers[i][index % samples] = completion
+        if len(answers[i]) == samples:
+            complete.append(i)
+        if keep and len(complete) * samples >= KEEP_EVERY:
+            keep(score())
+
+    def score() -> list[dict]:
+        found = [(i, answers.pop(i)) for i in sorted(complete)]
+        complete.clear()
+        rows = [(i, j, completions[j]) for i, completions in found for j in range(samples)]
+        texts = [builder.response_text(c.tokens, model.stop_ids) for *_, c in rows]
+        scores = scorer(texts, [problems[i] for i, *_ in rows]) if rows else []
+        new = {(i, j): {"id": problems[i].id, "sample": j, "response": text, "score": right,
+                        "tokens": len(c.tokens), "finished": c.finished}
+               for (i, j, c), text, right in zip(rows, texts, scores, strict=True)}
+        records.update(new)
+        return list(new.values())
+
+    generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
+             temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
+             stream_ids=[numbers[i] for i in mine], slots=slots, sampler=sampler,
+             progress=progress, on_end=end)
+    last = score()
+    if keep:
+        keep(last)
     everyone = {key: record for part in gather_objects(records) for key, record in part.items()}
     return [everyone[key] for key in sorted(everyone)]
+
+
+def make_prompt(number: int, problem: Problem, builder: PromptBuilder,
+                demonstrations: Demonstrations | None, seed: int) -> list[int]:
+    """The prompt of the problem with this number, plain or with demonstrations drawn for it."""
+    if demonstrations is None:
+        return builder.plain(problem)
+    return demonstrations.draw(problem, random.Random(f"evaluation {seed} {number}"))[1]
 
 
 def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
@@ -125,34 +151,50 @@ def interval(means: list[float]) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder, scorer: Callable,
-                case: Case, records: list[dict]) -> list[dict]:
-    """Samples the problems of a case that have no records yet; returns all records.
+def seed_of(o: EvaluationOptions, case: Case) -> int:
+    return o.seed + 2 ** 31 * case.again
 
-    It appends the new ones to the file in parts.
+
+def make_sampler(o: EvaluationOptions, model: Transformer, builder: PromptBuilder,
+                 cases: list[Case]) -> Sampler:
+    """Slots for the largest case and the longest prompt of all cases."""
+    longest = max(len(make_prompt(i, problem, builder, case.demonstrations, seed_of(o, case)))
+                  for case in cases for i, problem in enumerate(case.problems))
+    most = -(-max(len(case.problems) for case in cases) // world_size()) * o.samples
+    length = longest + o.max_new_tokens
+    slots = o.slots or choose_slots(model.config, most, length, model.device, model.dtype)
+    return Sampler(model.config, min(slots, most), length, model.device, model.dtype)
+
+
+def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder, scorer: Callable,
+                case: Case, records: list[dict], sampler: Sampler) -> list[dict]:
+    """Samples the problems of a case that have no records yet; returns all records in order.
+
+    Each process appends its new records to the file as problems are complete.
     """
     label = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
     label |= {"again": True} if case.again else {}
     title = f"{case.data}, {case.shots} shots, temperature {case.temperature:g}"
-    size = 64 * world_size()
+    place = {problem.id: i for i, problem in enumerate(case.problems)}
+    known = {record["id"] for record in records}
+    left = [i for problem, i in place.items() if problem not in known]
+
+    def keep(new: list[dict]) -> None:
+        if is_main() or Path(o.output).is_file():   # a node may not see the folder of the first
+            append_lines(Path(o.output), [label | record for record in new])
+
     with tqdm(total=len(case.problems) * o.samples, initial=len(records), desc=title,
               unit="answer", disable=not is_main(), leave=False) as bar:
         def say(ended: int, speed: str) -> None:
             bar.update(world_size() * ended)
             bar.set_postfix_str(speed, refresh=False)
 
-        progress = follow_tokens(say)
-        for begin in range(len(records) // o.samples, len(case.problems), size):
-            part = evaluate(
-                model, builder, case.problems[begin:begin + size], case.demonstrations,
-                first=begin, samples=o.samples, max_new_tokens=o.max_new_tokens,
-                temperature=case.temperature, top_p=o.top_p, top_k=o.top_k,
-                seed=o.seed + 2 ** 31 * case.again, slots=o.slots, scorer=scorer, progress=progress)
-            part = [label | record for record in part]
-            records = records + part
-            if is_main():
-                append_lines(Path(o.output), part)
-    return records
+        new = evaluate(
+            model, builder, [case.problems[i] for i in left], case.demonstrations, numbers=left,
+            samples=o.samples, max_new_tokens=o.max_new_tokens, temperature=case.temperature,
+            top_p=o.top_p, top_k=o.top_k, seed=seed_of(o, case), sampler=sampler, scorer=scorer,
+            progress=follow_tokens(say), keep=keep)
+    return sorted(records + [label | record for record in new], key=lambda r: place[r["id"]])
 
 
 def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
@@ -181,9 +223,11 @@ def main() -> None:
         model, builder, scorer, cases = prepare_evaluation(o)
         output, found = on_main(lambda: find_output(o, cases))
         o.output, rows = str(output), []
+        sampler = make_sampler(o, model, builder, cases)
         for case in cases:
-            records = found.get(case.key, [])[:len(case.problems) * o.samples]
-            found[case.key] = sample_case(o, model, builder, scorer, case, records)
+            found[case.key] = sample_case(o, model, builder, scorer, case,
+                                          found.get(case.key, []), sampler)
+            on_main(lambda: write_samples(output, found))   # in order
             rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
                         | on_main(lambda records=found[case.key]: summarise(
                             records, o.samples, o.k, o.answer_format, o.verify_timeout)))

@@ -27,8 +27,10 @@ def replace_file(file: Path, text: str) -> None:
 
 def append_lines(file: Path, objects: list[dict]) -> None:
     """Appends a line of JSON for each object, with null for numbers that are not finite."""
-    with file.open("a") as stream:
-        stream.write(_lines(objects))
+    text = _lines(objects).encode()
+    with file.open("ab", buffering=0) as stream:   # the lines of several processes do not mix
+        while text:
+            text = text[stream.write(text):]
 
 
 def replace_lines(file: Path, objects: list[dict]) -> None:

@@ -117,6 +117,9 @@ class ModelConfig:
 # model each; `attend` takes q [B, H, T, E], k and v [B, K, T, E] and returns [B, T, H, E].
 
 def _causal(q, k, v) -> torch.Tensor:
+    if q.is_cuda and q.dtype == torch.float32:
+        # The only fused kernel of CUDA that takes float32 does not take grouped queries.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # The branch keeps the flag a constant under torch.compile, where a comparison is symbolic.
     grouped = True if k.shape[1] < q.shape[1] else False
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -171,10 +174,18 @@ class KVCache:
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
             for _ in range(2))
 
-    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
-        """Copies the first `length` positions of some slots into as many others."""
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int,
+             shares: torch.Tensor | None = None) -> None:
+        """Copies the first `length` positions of some slots into as many others.
+
+        shares: how many of them each target may have; it gets zeros for the others.
+        """
         for cached in (*self.keys, *self.values):
-            cached[targets, :, :length] = cached[sources, :, :length]
+            part = cached[sources, :, :length]                               # [n, K, length, E]
+            if shares is not None:
+                beyond = torch.arange(length, device=shares.device) >= shares[:, None]
+                part.masked_fill_(beyond[:, None, :, None], 0.0)
+            cached[targets, :, :length] = part
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, size: int, dtype: torch.dtype) -> int:

@@ -72,7 +72,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
              max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
              stop_ids: Sequence[int] = (), seed: int = 0, stream_ids: Sequence[int] | None = None,
              slots: int = 0, sampler: "Sampler | None" = None,
-             progress: Callable[[int, int], None] | None = None) -> list[Completion]:
+             progress: Callable[[int, int], None] | None = None,
+             on_end: Callable[[int, Completion], None] | None = None) -> list[Completion]:
     """Samples n completions of each prompt; n consecutive ones a prompt, in the prompts' order.
 
     n: one number, or one for each prompt. max_new_tokens: the longest completion. stop_ids: each of
@@ -88,6 +89,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
         interrupted frees their memory.
     progress: called with the number of sequences that have ended and of tokens sampled since the
         last call.
+    on_end: called with (index, completion) when one ends; then none is kept, and the result is
+        empty.
     Raises ValueError, with the numbers, for prompts, lengths or settings that make no sense and for
     a cache that does not fit.
     """
@@ -109,7 +112,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     ended: list[int] = []           # slots, ascending
     completions: dict[int, Completion] = {}
     try:
-        count, usable = len(waiting), min(sampler.slots, len(waiting))
+        usable = min(sampler.slots, len(waiting))
         # A compiled step keeps the addresses of the weights, so they must not move.
         products = contextlib.nullcontext() if sampler.compiled else merged_products(model)
         with products, torch.inference_mode():
@@ -137,13 +140,13 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
                 ended, sampled = sampler.decode(model, running, settings, usable)
                 done = [running[slot] for slot in ended]
                 for sequence, completion in sampler.collect(done, settings):
-                    completions[sequence.index] = completion
+                    (on_end or completions.__setitem__)(sequence.index, completion)
                 if progress:
                     progress(len(ended), len(admitted) + sampled)
     except BaseException:   # after Ctrl-C, too, nothing stays allocated
         sampler.release()
         raise
-    return [completions[index] for index in range(count)]
+    return [completions[index] for index in sorted(completions)]
 
 
 def _queue(prompts, keys) -> list[_Sequence]:
@@ -202,6 +205,7 @@ class Sampler:
     tokens: torch.Tensor          # [slots] the last token, which is not yet in the cache
     counts: torch.Tensor          # [slots] tokens sampled
     done: torch.Tensor            # [slots] 1: free, or ended and not yet collected
+    broken: torch.Tensor          # [1] 1: a sequence has had NaN, and the cache may hold it
     prompt_logits: torch.Tensor   # [slots, V] after the prompt
     sampled: torch.Tensor         # [slots, max_length]
     logprobs: torch.Tensor        # [slots, max_length]
@@ -212,7 +216,7 @@ class Sampler:
     def __init__(self, config: ModelConfig, slots: int, max_length: int, device,
                  dtype: torch.dtype, compile: bool = False):
         self.config, self.slots, self.max_length = config, slots, max_length
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype = torch.empty(0, device=device).device, dtype   # with its index
         self.capture = None   # on a GPU, see prepare
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.step, self.compiled = self._step, compile
@@ -222,31 +226,29 @@ class Sampler:
                                     message="Dynamo detected a call to a `functools.lru_cache`")
             self.step = torch.compile(self._step, dynamic=True)
         self.work = Work()
-        self.graphs, self.model = {}, lambda: None
-        needed = slots * KVCache.bytes_per_slot(config, max_length, dtype)
+        self.graphs, self.model, self.keeps = {}, lambda: None, False
+        self.bytes = slots * KVCache.bytes_per_slot(config, max_length, dtype)
         free = free_memory(self.device)
-        if needed > free:
+        if self.bytes > free:
             raise ValueError(f"a cache of {slots} slots of {max_length} positions takes "
-                             f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: fewer "
+                             f"{self.bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: fewer "
                              f"slots, or shorter prompts and responses, would fit")
 
     def prepare(self, model: Transformer, settings: _Settings) -> None:
         """Allocates what is not yet there, and drops the graphs of another model.
 
-        Graphs refer to the weights they were captured with. For a model that is gathered for every
-        rollout they are captured anew each time, for every batch and span met.
+        Graphs refer to the weights and the cache they were captured with. `keeps` says whether they
+        shall serve again for a model that is gathered for every rollout: on a GPU, if the cache
+        takes at most a third of the memory that is free. The sampler then holds the gathered model,
+        and gather_model puts the next weights into it.
         """
-        if self.model() is not model:
-            self.graphs.clear()
-            self.model = weakref.ref(model)   # weak, so that a gathered copy is freed
-            if self.stream:
-                self.capture = _make_capture(self.stream)
         if "cache" not in vars(self):
+            self.keeps = self.stream is not None and 3 * self.bytes <= free_memory(self.device)
             self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
             shape = (self.slots, self.max_length)
             self.lengths, self.tokens, self.counts = (zeros(self.slots) for _ in range(3))
-            self.done = torch.ones_like(self.counts)
+            self.done, self.broken, self.spoiled = torch.ones_like(self.counts), zeros(1), 0
             self.prompt_logits = zeros(self.slots, self.config.vocab_size,   # as Transformer.logits
                                        dtype=torch.promote_types(self.dtype, torch.float32))
             self.sampled = zeros(shape)
@@ -254,6 +256,11 @@ class Sampler:
             self.uniforms = zeros(shape, dtype=torch.float64)
             self.flat = torch.arange(self.slots, device=self.device) * self.max_length
             self.stops = {}
+        if self.model() is not model:
+            self.graphs.clear()
+            self.model = (lambda: model) if self.keeps else weakref.ref(model)
+            if self.stream:
+                self.capture = _make_capture(self.stream)
         if settings.stop_ids not in self.stops:
             self.stops[settings.stop_ids] = torch.tensor(settings.stop_ids, device=self.device,
                                                          dtype=torch.long)
@@ -284,6 +291,10 @@ class Sampler:
                 targets = self._tensor([s.slot for s, _ in copies])
                 self.cache.copy(sources, targets, max(s.shared for s, _ in copies))
                 self.prompt_logits[targets] = self.prompt_logits[sources]
+            if self.spoiled:   # NaN behind their prefixes would reach them
+                slots = self._tensor([s.slot for s in members])
+                self.cache.copy(slots, slots, self.max_length,
+                                self._tensor([s.shared for s in members]))
             # Rows of similar length go together. Rows without a prefix go apart from the others,
             # because their attention is cheaper.
             batch: list[_Sequence] = []
@@ -315,7 +326,7 @@ class Sampler:
     def _prefill(self, model, batch):
         rests = [s.prompt[s.shared:] for s in batch]
         width = max(map(len, rests))
-        tokens = self._tensor([rest + [0] * (width - len(rest)) for rest in rests])       # [B, T]
+        tokens = self._tensor([rest + rest[-1:] * (width - len(rest)) for rest in rests])  # [B, T]
         slots = self._tensor([s.slot for s in batch])
         starts = self._tensor([s.shared for s in batch]) if batch[0].shared else None
         span = min(width + max(s.shared for s in batch), self.max_length)
@@ -347,16 +358,18 @@ class Sampler:
                 self.graphs[key]()
             else:
                 self.graphs[key] = self.capture(functools.partial(self.step, model, *key))
-        state = torch.stack((self.counts[:len(running)], self.done[:len(running)])).tolist()
-        sampled = sum(state[0]) - sum(s.count for s in running)
-        for s, count in zip(running, state[0]):
+        state = torch.cat((self.counts[:len(running)], self.done[:len(running)],
+                           self.broken)).tolist()
+        counts, dones, self.spoiled = state[:len(running)], state[len(running):-1], state[-1]
+        sampled = sum(counts) - sum(s.count for s in running)
+        for s, count in zip(running, counts):
             s.count = count
         self.work.decode_seconds += time.perf_counter() - started
         self.work.sequence_steps += sampled
         self.work.positions += batch * steps
         self.work.wasted_positions += batch * steps - sampled
         self.work.slot_steps += usable * steps
-        return [slot for slot, done in enumerate(state[1]) if done], sampled
+        return [slot for slot, done in enumerate(dones) if done], sampled
 
     def _step(self, model, batch, span, settings):
         """Samples a token for each of the first `batch` slots, without waiting for the device."""
@@ -375,6 +388,7 @@ class Sampler:
                                   self.uniforms.view(-1)[place])
         self.tokens[slots] = self.sampled.view(-1)[place] = tokens
         self.logprobs.view(-1)[place] = logprobs
+        self.broken |= logprobs.isnan().any()
         self.counts[slots] += 1 - done
         ended = ((tokens[:, None] == self.stops[settings.stop_ids]).any(-1)
                  | (self.counts[slots] == settings.limit))
@@ -396,7 +410,11 @@ class Sampler:
         """Moves sequences to the given slots. No source slot is also a target."""
         sources = self._tensor([s.slot for s in moved.values()])
         targets = self._tensor(list(moved))
-        self.cache.copy(sources, targets, max(len(s.prompt) + s.count for s in moved.values()))
+        lengths = [len(s.prompt) + s.count for s in moved.values()]
+        if self.spoiled:
+            self.cache.copy(sources, targets, self.max_length, self._tensor(lengths))
+        else:
+            self.cache.copy(sources, targets, max(lengths))
         for state in (self.lengths, self.tokens, self.counts, self.done, self.sampled,
                       self.logprobs, self.uniforms):
             state[targets] = state[sources]
@@ -420,10 +438,11 @@ def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(step):
-        stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(stream.device)   # of the sampler's GPU
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):   # records without running
             step()
@@ -455,7 +474,9 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,
     passes the uniform number.
     """
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        tokens = logits.argmax(-1, keepdim=True)
+        best = logits.gather(-1, tokens)[:, 0].float()
+        return tokens[:, 0], best - best   # 0, or NaN
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     if top_k or top_p < 1:
         count = min(top_k, logits.shape[-1])
@@ -538,8 +559,8 @@ def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, st
         if values is not None and len(values) != len(prompts):
             raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: give one each")
     config = model.config
-    if sampler is not None and (sampler.config, sampler.dtype, sampler.device.type) != (
-            config, model.dtype, model.device.type):
+    if sampler is not None and (sampler.config, sampler.dtype, sampler.device) != (
+            config, model.dtype, model.device):
         raise ValueError("the sampler was made for a model of another shape, data type or device")
     whose, positions = "the model's", config.max_position
     if sampler is not None and sampler.max_length < positions:

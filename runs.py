@@ -623,21 +623,26 @@ def open_output(output: Path, options: EvaluationOptions,
     _hold(output.absolute())
     settings = settings_that_stay(options) | {"changed": _when_read_files_changed(options, cases)}
     old = read_object(about)["settings"] if about.is_file() else {}
-    found: dict[tuple, list[dict]] = {}
+    answers: dict[tuple, dict[str, list[dict]]] = {}   # of each case, by problem
     for record in read_lines(output):
-        found.setdefault(key_of(record), []).append(record)
-    found = {key: records[:len(records) // options.samples * options.samples]
-             for key, records in found.items()}
+        answers.setdefault(key_of(record), {}).setdefault(record["id"], []).append(record)
+    found = {key: [record for records in problems.values() if len(records) == options.samples
+                   for record in records] for key, problems in answers.items()}
     if old and output.is_file():   # also where it is empty: another evaluation may have just begun
         differing = _differences(old, settings, options, cases, found)
         if differing:
             raise ValueError(f"{output} holds another evaluation ({'; '.join(differing)}): give "
                              f"another --output, or delete it")
         settings["changed"] = old.get("changed", {}) | settings["changed"]
-    replace_lines(output, [record for records in found.values() for record in records])
-    _hold(output.absolute())
+    write_samples(output, found)
     write_object(about, {"settings": settings, "rows": []})
     return found
+
+
+def write_samples(output: Path, found: dict[tuple, list[dict]]) -> None:
+    """Replaces the file of the samples by these, and keeps it locked."""
+    replace_lines(output, [record for records in found.values() for record in records])
+    _hold(output.absolute())
 
 
 def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:
@@ -647,9 +652,8 @@ def _differences(old: dict, settings: dict, options, cases: list, found: dict) -
     lines += [f"{path} has changed" for path, at in settings["changed"].items()
               if was.get(path, at) != at]
     for case in cases:
-        records = found.get(case.key, [])[::options.samples]
-        pairs = zip(records, case.problems, strict=False)
-        if any(record["id"] != problem.id for record, problem in pairs):
+        known = {problem.id for problem in case.problems}
+        if any(record["id"] not in known for record in found.get(case.key, [])):
             lines.append(f"other problems of {case.data}")
     return lines
 

@@ -21,3 +21,11 @@ def no_process_group():
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu need a real one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))

@@ -117,13 +117,14 @@ def test_an_evaluation_depends_only_on_seed_and_problem(embedded):
          "over 5 tokens; raise --max-prompt-length")])
 def test_invalid_options_are_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        prepare_evaluation(EvaluationOptions(**change))
+        prepare_evaluation(EvaluationOptions(device="cpu", **change))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_writes_the_table_and_samples(tmp_path, processes):
     """One process and two, started in another folder, give the same table and samples."""
-    done = run_script("eval.py", "--shots", 0, 1, "--limit", 12, processes=processes, cwd=tmp_path)
+    done = run_script("eval.py", "--shots", 0, 1, "--limit", 12, "--device", "cpu",
+                      processes=processes, cwd=tmp_path)
     table = [line.split() for line in done.stdout.splitlines()[1:4]]
     assert " ".join(table[0]) == (
         "data shots temperature problems avg@1 95 % interval pass@1 maj@1 tokens truncated")
@@ -138,8 +139,8 @@ def test_the_command_writes_the_table_and_samples(tmp_path, processes):
 
 
 def command(tmp_path, *arguments, check=False):
-    return run_script("eval.py", "--limit", 100, "--samples", 2, *arguments, cwd=tmp_path,
-                      check=check)
+    return run_script("eval.py", "--limit", 100, "--samples", 2, "--device", "cpu", *arguments,
+                      cwd=tmp_path, check=check)
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
@@ -192,13 +193,14 @@ def test_a_custom_reward_never_gets_an_empty_list(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def f(responses, problems):\n"
         "    return [float(len(max(responses)) > 0)] * len(responses)\n")
-    done = run_script("eval.py", "--shots", 0, "--limit", 1, "--reward", "mine.py:f", processes=2,
-                      cwd=tmp_path)
+    done = run_script("eval.py", "--shots", 0, "--limit", 1, "--reward", "mine.py:f",
+                      "--device", "cpu", processes=2, cwd=tmp_path)
     assert "100.0%" in done.stdout
 
 
 def test_ctrl_c_keeps_the_samples(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100"],
+    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100",
+                                "--device", "cpu"],
                                cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     output = tmp_path / "evals" / "tiny.jsonl"
@@ -214,7 +216,8 @@ def test_runs_and_checkpoints_load_as_models(tmp_path):
     """A run loads as its final/ or, without one, as its newest checkpoint."""
     train.train(train.prepare([
         "--batch-size", "2", "--n-on", "2", "--steps", "2", "--checkpoint-every", "1",
-        "--eval-every", "0", "--learning-rate", "1e-3", "--output-dir", str(tmp_path / "run")]))
+        "--eval-every", "0", "--learning-rate", "1e-3", "--device", "cpu", "--output-dir",
+        str(tmp_path / "run")]))
     weights = {
         name: load_any_model(str(tmp_path / "run" / name), "cpu", torch.float32)[0].state_dict()
         for name in ("", "final", "checkpoints/step-1", "checkpoints/step-2")}

@@ -42,7 +42,7 @@ SHORT = ["--batch-size", "4", "--n-on", "4", "--eval-every", "0", "--steps", "1"
 def mistake(arguments, capsys) -> str:
     """The message with which train.py ends before training."""
     with pytest.raises((ValueError, SystemExit)) as caught:
-        trainer.prepare([str(argument) for argument in arguments])
+        trainer.prepare([*map(str, arguments), "--device", "cpu"])
     if caught.type is SystemExit:
         assert caught.value.code == 2
         return capsys.readouterr().err
@@ -209,7 +209,8 @@ def test_an_evaluation_replaces_no_file_that_it_did_not_write(tmp_path):
 def test_an_evaluation_that_runs_is_not_started_again(tmp_path):
     output = tmp_path / "samples.jsonl"
     open_output(output, EvaluationOptions(output=str(output)), [])
-    again = run_script("eval.py", "--limit", "2", "--output", output, check=False)
+    again = run_script("eval.py", "--limit", "2", "--output", output, "--device", "cpu",
+                       check=False)
     assert again.returncode == 2
     assert "is in use: another evaluation is writing there now" in again.stderr
 
@@ -218,10 +219,10 @@ def test_a_run_is_resumed_with_its_own_settings_and_data_only(tmp_path):
     data, folder = tmp_path / "data.jsonl", tmp_path / "run"
     data.write_text((TINY / "train.jsonl").read_text())
     start = ["--batch-size", "4", "--n-on", "4", "--eval-every", "0", "--checkpoint-every", "1",
-             "--output-dir", str(folder)]
+             "--device", "cpu", "--output-dir", str(folder)]
     trainer.train(trainer.prepare([*start, "--steps", "1", "--train-data", str(data)]))
     metrics, config = (folder / "metrics.jsonl").read_bytes(), folder / "config.yaml"
-    resume = ["--resume", "--steps", "2", "--output-dir", str(folder)]
+    resume = ["--resume", "--steps", "2", "--device", "cpu", "--output-dir", str(folder)]
 
     text = config.read_text()
     config.write_text(text.replace("clip_high: 0.2", "clip_high: 0.3"))
@@ -331,7 +332,8 @@ def test_an_evaluation_is_written_into_the_run_or_into_evals(tmp_path, monkeypat
 
 def test_a_run_that_changed_nothing_says_so(tmp_path, capsys, monkeypatch):
     run = trainer.prepare(["--batch-size", "4", "--n-on", "4", "--steps", "1", "--eval-every", "0",
-                           "--max-skipped", "5", "--output-dir", str(tmp_path / "run")])
+                           "--max-skipped", "5", "--device", "cpu", "--output-dir",
+                           str(tmp_path / "run")])
     monkeypatch.setattr(trainer.icpo, "icpo_loss", spoiled(trainer.icpo.icpo_loss))
     trainer.train(run)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())

@@ -140,7 +140,7 @@ def test_rope_settings_of_transformers_4_are_read(type_key, tmp_path):
         assert_close(load_model(tmp_path)[0](tokens), hf(tokens).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_bfloat16_on_a_gpu_is_as_near_to_float32_as_transformers_is(tmp_path):
     hf = make_folder(tmp_path, make_config(head_dim=16))
     tokens = random_tokens(4, 64)

@@ -32,7 +32,7 @@ from prepare import load_any_model
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4",
-         "--eval-every", "2", "--checkpoint-every", "2", "--kl-coef", "0.01"]
+         "--eval-every", "2", "--checkpoint-every", "2", "--kl-coef", "0.01", "--device", "cpu"]
 
 
 def prepare(folder, *more):
@@ -179,7 +179,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processe
     shutil.rmtree(folder / "checkpoints" / "step-4")
     (folder / "checkpoints" / ".step-4.partial").mkdir()   # a kill during writing leaves this
     (folder / "metrics.jsonl").open("a").write('{"step": 5, "rewa')
-    run_script("train.py", "--resume", "--output-dir", folder, processes=processes)
+    run_script("train.py", "--resume", "--output-dir", folder, "--device", "cpu",
+               processes=processes)
     assert list((folder / "checkpoints" / "step-4").glob("*.safetensors"))
     if processes == 1:
         assert metrics_of(folder) == metrics_of(whole_run)
@@ -477,7 +478,7 @@ def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
     run_script("train.py", *SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
-    run_script("train.py", "--resume", "--output-dir", tmp_path / "resumed")
+    run_script("train.py", "--resume", "--output-dir", tmp_path / "resumed", "--device", "cpu")
     assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
 
 

@@ -350,3 +350,46 @@ def test_more_processes_than_gpus_are_one_clear_error(tmp_path, monkeypatch):
         assert init_distributed("cuda") == torch.device("cuda", 0)
     with pretend(gpus=1):
         assert init_distributed("cpu") == torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------
+# The benchmark
+
+def test_the_benchmark_runs_from_end_to_end_and_a_part_that_fails_ends_no_other(
+        data, tmp_path, monkeypatch):
+    from benchmarks import gpu as benchmark
+    from benchmarks import rollout as rollouts
+    small = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    monkeypatch.setattr(rollouts, "QWEN3_1_7B", rollouts.QWEN3_1_7B | small)
+    monkeypatch.setattr(benchmark, "measure_machine", lambda *arguments: (1e12, 1e15))
+    monkeypatch.setitem(benchmark.PARTS, "tests", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(trainer, "draw", lambda *arguments: None)
+    monkeypatch.setattr(trainer.report, "draw", lambda *arguments: None)
+    with pretend():
+        benchmark.main([
+            "--output", str(tmp_path / "gpu"), "--slots", "8", "--max-new-tokens", "4",
+            "--sequences", "8", "--length", "32", "--micro-batch-tokens", "200", "--tokens", "64",
+            "--run-options", " ".join([*data, "--steps", "1"])], run=benchmark.run_part)
+    written = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+    found = {(row["part"], row["name"]): row for row in written}
+    assert [key[0] for key, row in found.items() if key[1] == "failed"] == ["tests"]
+    assert "ZeroDivisionError" in found["tests", "failed"]["note"]
+    for key in (("rollouts", "8 slots: ratio to generate"), ("update", "share of the matmul rate"),
+                ("rollouts", "8 slots: share of bandwidth"), ("update", "peak memory"),
+                ("vocabulary", "peak memory beyond the weights"), ("default", "seconds"),
+                ("types", "float32: log-probability gap, maximum"),
+                ("types", "bfloat16: log-probability gap, maximum")):
+        assert found[key]["value"] >= 0
+    assert found["types", "float32: log-probability gap, maximum"]["met"] is True
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| rollouts | 8 slots: ratio to generate |" in text and "| >= 10 |" in text
+
+
+def test_a_part_of_the_benchmark_that_dies_is_a_line_of_the_table(monkeypatch):
+    from benchmarks import gpu as benchmark
+    monkeypatch.setattr(benchmark.sys, "executable", "false")
+    row, = benchmark.run_process("update", benchmark.Options())
+    assert row.value is None and row.note == "its process ended with status 1"
+    assert "| update | failed | not measured (its process ended with status 1) |" in (
+        benchmark.table([row], ""))

@@ -394,11 +394,17 @@ def _capture(graph, pool=None, stream=None, **more):
 _Generator, gpu_of_generator = torch.Generator, weakref.WeakKeyDictionary()
 
 
-def _generator(device="cpu"):
-    made = _Generator("cpu")
-    if torch.device(device).type == "cuda":
-        gpu_of_generator[made] = _now.index(device)
-    return made
+class _Real(type):
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, _Generator)
+
+
+class Generator(metaclass=_Real):
+    def __new__(cls, device="cpu"):
+        made = _Generator("cpu")
+        if torch.device(device).type == "cuda":
+            gpu_of_generator[made] = _now.index(device)
+        return made
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,7 +449,7 @@ def pretend(gpus: int = 1, free: int = 1 << 40):
         for name, get in (("device", _device_of), ("is_cuda", lambda t: _home(t) is not None),
                           ("is_cpu", lambda t: _device_of(t).type == "cpu")):
             stack.enter_context(mock.patch.object(torch.Tensor, name, property(get)))
-        stack.enter_context(mock.patch.object(torch, "Generator", _generator))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(dist, "init_process_group", init))
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         stack.callback(lambda: torch.backends.cuda.enable_cudnn_sdp(cudnn))

@@ -1,6 +1,5 @@
-"""Measures everything that needs a GPU, in less than ten minutes on one H100 or H200.
+"""Measures everything that needs a GPU; it is meant to take less than ten minutes on one H100.
 
-    pip install -r requirements-checks.txt
     python benchmarks/gpu.py                      # prints a table, writes gpu.md and gpu.json
     python benchmarks/gpu.py --parts rollouts update
 

@@ -24,6 +24,7 @@ from data import (
 )
 from distributed import (
     AdamW,
+    gather_model,
     gather_objects,
     init_distributed,
     is_main,
@@ -89,6 +90,10 @@ class Run:
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
+
+    def whole_model(self) -> Transformer:
+        """The model to sample with, see gather_model; where graphs refer to one, that one again."""
+        return gather_model(self.model, getattr(torch, self.options.dtype), self.sampler.model())
 
     def final_answer(self, response: str) -> str | None:
         return extract_answer(response, self.options.answer_format)

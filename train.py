@@ -175,12 +175,10 @@ def sample_responses(run: Run, questions: list[Question], step: int,
 @contextlib.contextmanager
 def behaviour_policy(run: Run):
     """Yields θ_old as a whole model, then frees the sampler's memory unless graphs use it again."""
-    sampler, dtype = run.sampler, getattr(torch, run.options.dtype)
-    model = distributed.gather_model(run.model, dtype, sampler.model())
-    sampler.work = Work()
+    model, run.sampler.work = run.whole_model(), Work()
     yield model
-    if run.device.type == "cpu" or model is not run.model and not sampler.keeps:
-        sampler.release()
+    if run.device.type == "cpu" or model is not run.model and not run.sampler.keeps:
+        run.sampler.release()
 
 
 def score_responses(run: Run, responses: list[Response]) -> Tensor:
@@ -293,10 +291,9 @@ def held_out_accuracy(run: Run) -> float:
     """The mean score of answers to the held-out problems, asked plainly."""
     o = run.options
     records = evaluate(
-        distributed.gather_model(run.model, getattr(torch, o.dtype), run.sampler.model()),
-        run.builder, run.held_out, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,
-        temperature=o.eval_temperature, top_p=o.eval_top_p, top_k=o.eval_top_k, seed=o.seed,
-        sampler=run.sampler, scorer=run.scorer)
+        run.whole_model(), run.builder, run.held_out, samples=o.eval_samples,
+        max_new_tokens=o.max_new_tokens, temperature=o.eval_temperature, top_p=o.eval_top_p,
+        top_k=o.eval_top_k, seed=o.seed, sampler=run.sampler, scorer=run.scorer)
     return fmean(record["score"] for record in records)
 
 

@@ -105,7 +105,8 @@ class Gpu:
         self.streams = {}                     # the current stream of each device
         self.capturing: Graph | None = None
         self.captures = self.replays = 0
-        self.peak = 0                         # bytes, since reset_peak_memory_stats
+        # Bytes, since reset_peak_memory_stats. A storage counts with the size that it had first.
+        self.peak = 0
         self.waits = collections.Counter()    # place in the project -> how often
         self.waited_streams = []              # (stream, the one it waits for)
         self.pools = collections.defaultdict(list)

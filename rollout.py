@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from machine import free_memory, merged_products
+from memory import bytes_per_slot
 from model_utils import KVCache, ModelConfig, Transformer
 
 MAX_SLOTS = 256            # even where the free memory would allow more
@@ -439,11 +440,16 @@ def bucket(number: int, most: int) -> int:
     return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
 
 
-def choose_slots(config: ModelConfig, sequences: int, max_length: int, device,
-                 dtype: torch.dtype) -> int:
-    """The least of `sequences`, MAX_SLOTS and what a third of the free memory holds; at least 1."""
-    per_slot = KVCache.bytes_per_slot(config, max_length, dtype)
-    return max(1, min(sequences, MAX_SLOTS, free_memory(torch.device(device)) // 3 // per_slot))
+def choose_slots(config: ModelConfig, sequences: int, max_length: int, device, dtype: torch.dtype,
+                 beside: float = 0, free: float | None = None) -> int:
+    """The least of `sequences`, MAX_SLOTS and what 85 % of the free memory holds; at least 1.
+
+    beside: bytes that others will take while the cache is there. free: bytes, by default those of
+    the device now.
+    """
+    free = free_memory(torch.device(device)) if free is None else free
+    room = (0.85 * free - beside) // bytes_per_slot(config, max_length, dtype)
+    return max(1, min(sequences, MAX_SLOTS, int(room)))
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,

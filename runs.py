@@ -219,7 +219,7 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     files are renamed, with a message.
     """
     settings = {name: value for name, value in asdict(options).items()
-                if name not in ("resume", "output_dir")}
+                if name not in ("resume", "output_dir", "dry_run", "cards")}
     replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal

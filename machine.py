@@ -119,5 +119,5 @@ def free_memory(device: torch.device) -> int:
 def own_memory(device: torch.device) -> int:
     """Bytes of the device's memory that this process has taken."""
     if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
+        return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss

@@ -1,7 +1,7 @@
 """The memory that a run takes on each GPU, part by part, from the shape of the model alone.
 
     plan = Plan(config, options, processes=8, device="cuda")
-    plan.gathered, plan.moments          # bytes of a part
+    plan.gathered, plan.moments               # bytes of a part
     plan.rollout(cache), plan.update(cache)   # {part: bytes} at the fullest moment of each phase
 
 Letters: V vocabulary, D hidden size, I intermediate size, H query heads, K key-value heads, E head
@@ -51,13 +51,15 @@ def bytes_per_slot(c: "ModelConfig", length: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Parts that lie there in both phases: weights, reference and moments. The last two may be in
-    the CPU's memory, as `in_cpu_memory` says."""
+    """Sizes of a run. Properties are bytes of a part on the GPU, 0 where it is in the CPU's memory.
+
+    options: as resolved. device: cpu or cuda. own: bytes that a process takes without a run.
+    """
     config: "ModelConfig"
     options: TrainingOptions
     processes: int
-    device: str        # cpu or cuda
-    own: float = 0     # bytes that a process takes without a run
+    device: str
+    own: float = 0
 
     @property
     def fsdp(self) -> bool:
@@ -83,7 +85,7 @@ class Plan:
         return 4 * self.share
 
     @property
-    def _reference(self) -> float:
+    def _reference(self) -> float:   # wherever it is
         return self.width * self.share if self.options.kl_coef else 0
 
     @property
@@ -97,6 +99,7 @@ class Plan:
 
     @property
     def in_cpu_memory(self) -> float:
+        """Bytes of what was taken off the GPU."""
         return (self._reference * self.options.offload_reference
                 + 8 * self.share * (self.options.optimizer_state == "cpu"))
 
@@ -169,7 +172,7 @@ class Plan:
         moments: list[dict[str, float]] = [
             {"activations": kept, "logits": 12 * logits, "gathered for a pass": root
              + (blocks + root) * bool(o.kl_coef)},
-            {"activations": kept, "logits": (8 - b if b == 4 else 6) * logits,
+            {"activations": kept, "logits": (4 if b == 4 else 6) * logits,
              "gathered for a pass": root, "gradients in a pass": b * table},
             {"activations": kept + again + passing, "gathered for a pass": root + blocks,
              "gradients in a pass": b * table + reducing},

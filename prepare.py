@@ -258,6 +258,9 @@ def say_dry_run(plan: Plan, builder: PromptBuilder, problems: list[Problem],
     free: the bytes that a process may take, plan.own included.
     """
     o = plan.options
+    o.slots = fill_slots(plan, held_out, free - plan.own - plan.weights - plan.reference)
+    cache = o.slots * bytes_per_slot(plan.config, o.max_prompt_length + o.max_new_tokens,
+                                     getattr(torch, o.dtype))
     print("", yaml.safe_dump(asdict(o), sort_keys=False), sep="\n")
     problem = problems[epoch_order(o.seed, 0, len(problems))[0]]
     prompts = {"The first question": builder.plain(problem)}
@@ -267,9 +270,6 @@ def say_dry_run(plan: Plan, builder: PromptBuilder, problems: list[Problem],
     for name, tokens in prompts.items():
         print(f"{name}, {len(tokens)} tokens:", builder.tokenizer.decode(tokens), tokens, "",
               sep="\n")
-    o.slots = fill_slots(plan, held_out, free - plan.own - plan.weights - plan.reference)
-    cache = o.slots * bytes_per_slot(plan.config, o.max_prompt_length + o.max_new_tokens,
-                                     getattr(torch, o.dtype))
     print(plan.table(cache, o.slots, free))
 
 
@@ -383,10 +383,14 @@ def _check_evaluation(o: EvaluationOptions) -> None:
 
 
 def load_any_model(path: str, device, dtype, *shard: Callable) -> tuple[Transformer, Any]:
-    """load_model, also of a run of train.py and of one of its checkpoints; see runs.find_model."""
+    """load_model, also of a run of train.py and of one of its checkpoints; see runs.find_model.
+
+    shard: none, or one as load_model takes it.
+    """
     folder, checkpoint = find_model(path)
     if checkpoint is None:
         return load_model(folder, device, dtype, *shard)
     model, tokenizer = load_model(folder, device, torch.float32, *shard)
-    read_model(checkpoint, model)
+    if str(device) != "meta":
+        read_model(checkpoint, model)
     return model.to(dtype), tokenizer

@@ -257,6 +257,12 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
     with pytest.raises(SystemExit):
         trainer.prepare([*arguments, "--cards", "4x1"])
     assert "it does not fit" in capsys.readouterr().out
+    checkpoint = tmp_path / "old" / "checkpoints" / "step-2"   # its weights are not read either
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "old" / "config.yaml").write_text("model: tiny\n")
+    with pytest.raises(SystemExit):
+        trainer.prepare([*arguments[2:], "--model", str(checkpoint), "--cards", "4x24"])
+    assert "it fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="give 8x80 for 8 of 80 GB"):
         trainer.prepare([*arguments, "--cards", "80"])
     with pytest.raises(ValueError, match="--cards is for --dry-run"):

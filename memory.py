@@ -186,13 +186,13 @@ class Plan:
     def table(self, cache: float, slots: int, free: float) -> str:
         """Both phases in GB, and whether they fit in `free` bytes."""
         rollout, update = self.rollout(cache), self.update(cache)
-        rows = [("GB", "rollout", "update")]
+        rows = [["GB", "rollout", "update"]]
         for part in {**rollout, **update}:
             sizes = [phase.get(part, 0) / 1e9 for phase in (rollout, update)]
             if any(sizes):
                 name = f"{part} of {slots} slots" if part == "cache" else part
-                rows.append((name, *(f"{size:.2f}" if size else "" for size in sizes)))
-        rows.append(("sum", *(f"{sum(each.values()) / 1e9:.2f}" for each in (rollout, update))))
+                rows.append([name, *(f"{size:.2f}" if size else "" for size in sizes)])
+        rows.append(["sum", *(f"{sum(each.values()) / 1e9:.2f}" for each in (rollout, update))])
         kind = "GPUs" if self.device == "cuda" else "processes"
         peak = self.peak(cache)
         lines = [f"Memory of each of {self.processes} {kind} at the fullest moment of both phases:",

@@ -4,6 +4,7 @@ A data file is JSONL, one object a line: `problem`, `answer` (text, a number, or
 `solution` in demonstrations; `expert_response` for LUFFY; `id` is optional.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -263,3 +264,9 @@ def keep_admitted(problems: list[Problem], name: str, pool: Demonstrations,
     return keep(problems, name, f"that leave no room for {pool.k} demonstrations in "
                 f"{pool.max_prompt_length} tokens", lambda p: id(p) in admitted, left_out,
                 "; raise --max-prompt-length, or lower --num-demonstrations (in eval.py --shots)")
+
+
+@functools.lru_cache(maxsize=2)   # a batch may reach into the next epoch
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order in which an epoch of a run goes through `count` problems."""
+    return random.Random(f"order {seed} {epoch}").sample(range(count), count)

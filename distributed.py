@@ -8,7 +8,7 @@ compilation are applied to it from outside.
 import functools
 import heapq
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,21 +173,35 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 # --------------------------------------------------------------------------------------------------
 # Sharded models
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that FSDP may have sharded. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(model: "Transformer", compute_dtype: torch.dtype, shard_size: int = 0,
-          offload: bool = False) -> None:
+def own_rows(tensor: torch.Tensor) -> slice:
+    """The rows that this process keeps of a tensor; all of them if FSDP has not sharded it."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    mesh, rows = tensor.device_mesh, tensor.shape[0]
+    each = -(-rows // mesh.size(mesh.ndim - 1))
+    begin = min(each * mesh.get_local_rank(mesh.ndim - 1), rows)
+    return slice(begin, min(begin + each, rows))
+
+
+def sharded_like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """The tensor of which `local` is this process's part, sharded as `tensor` is, if it is."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=tensor.shape,
+                              stride=tensor.stride())
+
+
+def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype,
+          shard_size: int = 0, offload: bool = False) -> None:
     """FSDP2: splits parameters, gradients and optimiser state over the processes, block by block.
 
-    Master weights are float32; forward and backward compute in `compute_dtype`; gradients are
-    averaged over all processes in float32.
+    The model may still be on the meta device; `device` is where it computes, in `compute_dtype`.
+    Gradients are averaged over all processes in float32.
     shard_size: processes that share one copy of the weights, 0 for all of them. With fewer (HSDP)
         there are several copies and only gradients travel between them; give the number of GPUs of
         a node where the network between nodes is slow.
@@ -202,11 +216,49 @@ def shard(model: "Transformer", compute_dtype: torch.dtype, shard_size: int = 0,
     shape, names = (size,), ("shard",)
     if size < world_size():
         shape, names = (world_size() // size, size), ("replicate", "shard")
-    mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # What lies around the blocks stays whole until the backward pass, which needs it at once; a
+    # frozen model has none.
+    trained = next(model.parameters()).requires_grad
     for module in [*model.model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy,
+                    reshard_after_forward=module is not model or not trained,
                     offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+
+
+def frozen_copy(model: "Transformer", dtype: torch.dtype, shard_size: int = 0,
+                offload: bool = False) -> "Transformer":
+    """A copy in `dtype` that is never trained, sharded if `model` is; see `shard`."""
+    copied = _empty_like(model, dtype)
+    device = torch.device("cpu") if offload else model.device
+    if isinstance(model, FSDPModule):
+        shard(copied, model.device, dtype, shard_size, offload)
+    copied.load_state_dict({name: parameter.detach().to(device=device, dtype=dtype, copy=True)
+                            for name, parameter in model.named_parameters()}, assign=True)
+    return copied
+
+
+def _empty_like(model: "Transformer", dtype: torch.dtype) -> "Transformer":
+    """A whole frozen model on the meta device with all but the weights of `model`."""
+    # FSDP has made the model's class a subclass of its own.
+    plain = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    with torch.device("meta"):
+        empty = plain(model.config).to(dtype)
+    empty.hf_config, empty.generation_config = model.hf_config, model.generation_config
+    empty.stop_ids = model.stop_ids
+    return empty.requires_grad_(False)
+
+
+def summed_at_the_last(model: torch.nn.Module, parts: list) -> Iterator:
+    """Yields the parts, each for a backward pass.
+
+    Copies of the weights (HSDP) sum their gradients over each other in the last pass alone.
+    """
+    for number, part in enumerate(parts, 1):
+        if isinstance(model, FSDPModule):
+            model.set_requires_all_reduce(number == len(parts))
+        yield part
 
 
 def gather_model(model: "Transformer", dtype: torch.dtype,
@@ -217,22 +269,19 @@ def gather_model(model: "Transformer", dtype: torch.dtype,
     which gets the weights of now and is returned. Every process must call this, with `into` or not;
     drop the copy when done.
     """
-    if model.dtype == dtype and not is_sharded(model.model.embed_tokens.weight):
+    if isinstance(model, FSDPModule):
+        model.reshard()   # a forward pass without a backward pass leaves some parameters whole
+    elif model.dtype == dtype:
         return model
     if into is not None:
         for old, parameter in zip(into.parameters(), model.parameters(), strict=True):
             old.copy_(full_tensor(parameter.detach().to(dtype)))
         return into
-    # FSDP has made the model's class a subclass of its own.
-    plain = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
-    with torch.device("meta"):
-        whole = plain(model.config)
+    whole = _empty_like(model, dtype)
     whole.load_state_dict(   # cast before gathering: less travels
         {name: full_tensor(parameter.detach().to(dtype))
          for name, parameter in model.named_parameters()}, assign=True)
-    whole.hf_config, whole.generation_config = model.hf_config, model.generation_config
-    whole.stop_ids = model.stop_ids
-    return whole.requires_grad_(False)
+    return whole
 
 
 def wrap_blocks(model: "Transformer", recompute: str = "none", compile: bool = False) -> None:
@@ -356,7 +405,4 @@ def round_at_random(x: torch.Tensor, seed: int) -> torch.Tensor:
                               dtype=torch.int32)
         bits = local.contiguous().view(torch.int32) + noise
         local = (bits & -(1 << 16)).view(torch.float32).bfloat16()
-    if isinstance(x, DTensor):
-        return DTensor.from_local(local, x.device_mesh, x.placements, shape=x.shape,
-                                  stride=x.stride())
-    return local
+    return sharded_like(x, local)

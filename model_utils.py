@@ -31,7 +31,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from distributed import barrier, full_tensor, is_main
+from distributed import barrier, full_tensor, is_main, own_rows, sharded_like
 from files import brief, naming, read_object
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -557,26 +557,33 @@ def response_logprobs(model: Transformer, packing: Packing, temperature: float =
 # --------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
-def find_folder(path: str) -> Path:
-    """The local folder of a model given as a folder or hub name. Raises ValueError for neither."""
+def find_folder(path: str, weights: bool = True) -> Path:
+    """The local folder of a model given as a folder or hub name. Raises ValueError for neither.
+
+    weights: download those of a hub name too.
+    """
     if Path(path).is_dir():
         return Path(path)
     try:
         return Path(snapshot_download(path, allow_patterns=[
-            "*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+            "*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights]))
     except Exception as error:
         raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub "
                          f"did not give one of that name ({brief(error)})") from error
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch.float32):
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch.float32,
+               shard: Callable[[Transformer], Any] = lambda model: None):
     """Reads a Hugging Face folder or hub name: (Transformer, tokenizer).
 
+    device: on "meta" the weights are neither downloaded nor read. shard: may shard the model, which
+    is still empty; then each process reads its own part of the weights alone.
     Raises ValueError for a folder without config.json, weights or tokenizer, another architecture,
     a quantised model, a setting that is not supported, and a tensor that is missing, left over or
     of another shape than config.json says; the message names it.
     """
-    folder = find_folder(str(path))
+    weights = str(device) != "meta"
+    folder = find_folder(str(path), weights)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: not a Hugging Face model folder")
     family = read_object(folder / "config.json").get("model_type")
@@ -587,8 +594,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
         hf_config = AutoConfig.from_pretrained(folder)
         config = ModelConfig.from_hf(hf_config)
     with torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict(_read_tensors(folder, model, device, dtype), assign=True)
+        model = Transformer(config).to(dtype)
+    shard(model)
+    if weights:
+        model.load_state_dict(_read_tensors(folder, model, device, dtype), assign=True)
     with naming(f"the tokenizer of {folder}"):   # without files transformers makes an empty one
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
         if not any((folder / name).is_file() for name in names):
@@ -605,7 +614,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
 
 
 def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, torch.Tensor]:
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    wanted = dict(model.named_parameters())
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_object(index).get("weight_map")
@@ -630,12 +639,13 @@ def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, 
                 elif name not in wanted:
                     left_over.append(name)
                 else:
-                    tensor = reader.get_tensor(name)
-                    if tensor.shape != wanted[name]:
-                        raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, "
-                                         f"config.json says {list(wanted[name])}")
+                    part, parameter = reader.get_slice(name), wanted[name]
+                    if part.get_shape() != list(parameter.shape):
+                        raise ValueError(f"tensor {name} has shape {part.get_shape()}, "
+                                         f"config.json says {list(parameter.shape)}")
                     # A copy, because one tensor would keep the whole mapped file in memory.
-                    tensors[name] = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
+                    tensors[name] = part[own_rows(parameter)].to(device=device, dtype=dtype,
+                                                                 copy=True)
     missing = sorted(wanted.keys() - tensors.keys())
     for problem, names in (("lacks", missing),
                            ("has, beyond what config.json says,", left_over)):
@@ -644,11 +654,13 @@ def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, 
             raise ValueError(f"{folder} {problem} {len(names)} tensor{'s' * (len(names) > 1)}: "
                              f"{', '.join(names[:5])}{more}")
     for head in copies:   # a second copy of the embeddings is harmless
-        if not torch.equal(head.to(device=device, dtype=dtype),
-                           tensors["model.embed_tokens.weight"]):
+        name = "model.embed_tokens.weight"
+        if not torch.equal(head[own_rows(wanted[name])].to(device=device, dtype=dtype),
+                           tensors[name]):
             raise ValueError(f"{folder}: config.json ties the embeddings, but lm_head.weight is "
                              f"another tensor; set tie_word_embeddings to false to use it")
-    return tensors
+    return {name: nn.Parameter(sharded_like(wanted[name], tensor))
+            for name, tensor in tensors.items()}
 
 
 def save_model(model: Transformer, tokenizer, path: str | Path) -> None:

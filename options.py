@@ -233,7 +233,7 @@ class SharedOptions:
     top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all")
     slots: Natural = _sample(
         0, "sequences that a process samples at the same time; 0 is as many as there are, but at "
-        "most 256 and what fits in a third of the free memory", free=True)
+        "most 256 and what fits in the free memory", free=True)
     reward: str = _run("", "FILE.py:FUNCTION, a reward of your own: (responses, problems) -> list "
                        "of numbers; by default right answers earn 1")
     answer_format: AnswerFormat = _run(
@@ -349,6 +349,10 @@ class TrainingOptions(SharedOptions):
     checkpoint_every: Natural = _run(
         20, "write a checkpoint every so many steps; 0 is never", free=True)
     keep_checkpoints: Count = _run(2, "how many checkpoints to keep", free=True)
+    dry_run: bool = _run(False, "print the resolved options, the prompts of the first question and "
+                         "the memory that the run would take, and end", free=True)
+    cards: str = _run("", "GPUs of a dry run: 8x80 is 8 of 80 GB; by default those that are there",
+                      free=True)
     log_questions: Natural = _run(
         1, "questions a step whose responses go to samples.jsonl", free=True)
 
@@ -437,6 +441,17 @@ def _as_arguments(settings: dict) -> list[str]:
     """Settings of a file as typed arguments: they pass the same checks, and 1e-6, which PyYAML
     reads as text, becomes a number."""
     return [f"{flag(name)}={value}" for name, value in settings.items() if value is not None]
+
+
+def read_cards(options: TrainingOptions) -> tuple[int, float] | None:
+    """(number of GPUs, bytes of each) of --cards, or None without it. Raises ValueError."""
+    number, times, size = options.cards.partition("x")
+    if not options.cards:
+        return None
+    require(options.dry_run, "--cards is for --dry-run, which needs no GPU")
+    require(number.isdecimal() and size.isdecimal() and int(number) and int(size),
+            f"--cards {options.cards} is no number of GPUs and of GB: give 8x80 for 8 of 80 GB")
+    return int(number), int(size) * 2.0 ** 30   # what is sold as 80 GB has 80 GiB
 
 
 def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:

@@ -1,21 +1,24 @@
 """Prepares training runs and evaluations: users' mistakes are found here, before the first step."""
 
-import copy
+import functools
 import os
+import random
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from data import (
     Demonstrations,
     Problem,
     PromptBuilder,
+    epoch_order,
     keep,
     keep_admitted,
     keep_askable,
@@ -24,6 +27,7 @@ from data import (
 )
 from distributed import (
     AdamW,
+    frozen_copy,
     gather_model,
     gather_objects,
     init_distributed,
@@ -33,7 +37,8 @@ from distributed import (
     world_size,
     wrap_blocks,
 )
-from machine import free_memory, return_freed_memory
+from machine import free_memory, own_memory, return_freed_memory
+from memory import CONTEXT, Plan, bytes_per_slot, needs_group
 from model_utils import Transformer, load_model
 from options import (
     EvaluationOptions,
@@ -42,6 +47,7 @@ from options import (
     check_ranges,
     embedded,
     parse_training,
+    read_cards,
     require,
     resolve,
 )
@@ -103,7 +109,10 @@ class Run:
 
 
 def prepare(arguments: list[str]) -> Run:
-    """The run of a command line, ready for its next step. Raises ValueError for users' mistakes."""
+    """The run of a command line, ready for its next step. Raises ValueError for users' mistakes.
+
+    A dry run ends here, with SystemExit, and has read no weights and written nothing.
+    """
     o = parse_training(arguments)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun restarts dead processes
         o.resume = True
@@ -112,7 +121,8 @@ def prepare(arguments: list[str]) -> Run:
     try:
         if claim.saved:
             o = parse_training(arguments, claim.saved)
-        run = _prepare_in(claim.folder, claim.saved, resolve(o, world_size()))
+        processes, _ = read_cards(o) or (world_size(), 0)
+        run = _prepare_in(claim.folder, claim.saved, resolve(o, processes))
     except BaseException:
         if is_main():
             give_back(claim)
@@ -123,10 +133,11 @@ def prepare(arguments: list[str]) -> Run:
 
 
 def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
-    device = init_distributed(o.device, needed=o.dtype != "float32" or o.offload_reference)
+    cards = read_cards(o)
+    device = init_distributed(o.device, needed=needs_group(o))
     for name, on in (("--offload-reference true", o.offload_reference),
                      ("--optimizer-state cpu", o.optimizer_state == "cpu")):
-        require(not on or device.type == "cuda",
+        require(not on or cards or device.type == "cuda",
                 f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
     check_settings(folder, saved or {}, o)
     on_main(lambda: check_fingerprint(folder, o) if saved else None)
@@ -138,7 +149,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     needs = ("expert_response",) if o.off_policy == "dataset" else ()
     problems = load_problems(embedded(o.train_data, "train.jsonl"), needs, o.answer_lists)
     held_out = load_problems(embedded(o.test_data, "test.jsonl"), (), o.answer_lists)
-    model, tokenizer = load_any_model(o.model, device, torch.float32)
+    model, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
     choose_length(o, model)
     _check_model(o, model, tokenizer)
     _check_memory(o.batch_size * (o.n_on + o.n_off), o,
@@ -146,14 +157,21 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     _check_memory(o.eval_samples * len(held_out), o, f"--eval-samples {o.eval_samples}")
     builder = make_builder(o, tokenizer, model)
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
+    if o.dry_run:
+        if is_main():
+            own = CONTEXT if cards else own_memory(device)
+            processes, size = cards or (world_size(), own + free_memory(device))
+            plan = Plan(model.config, o, processes, "cuda" if cards else device.type, own)
+            say_dry_run(plan, builder, problems, demonstrations, len(held_out), size)
+        sys.exit()
 
     dtype: torch.dtype = getattr(torch, o.dtype)
-    model.train()
-    reference = copy.deepcopy(model).requires_grad_(False) if o.kl_coef else None
-    if dist.is_initialized():
-        shard(model, dtype, o.shard_size)
-        if reference is not None:
-            shard(reference, dtype, o.shard_size, o.offload_reference)
+    split = functools.partial(shard, device=device, compute_dtype=dtype, shard_size=o.shard_size)
+    model, _ = load_any_model(   # the weights that are trained are float32
+        o.model, device, torch.float32, *[split] * dist.is_initialized())
+    reference = None
+    if o.kl_coef:
+        reference = frozen_copy(model, dtype, o.shard_size, o.offload_reference)
     wrap_blocks(model, o.recompute_activations, o.compile_blocks)
     optimizer = AdamW(model.parameters(), o.optimizer_state, lr=o.learning_rate,
                       weight_decay=o.weight_decay)
@@ -213,20 +231,52 @@ def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
 
     It resolves --slots 0, in place, to a number that is the same on every process.
     """
+    plan = Plan(model.config, o, world_size(), model.device.type)
+    free = min(gather_objects(free_memory(model.device)))
+    o.slots = min(gather_objects(fill_slots(plan, held_out, free)))
     length = o.max_prompt_length + o.max_new_tokens
-    sequences = max(o.batch_size * (o.n_on + o.n_off),
-                    held_out * o.eval_samples if o.eval_every else 0)
-    found = choose_slots(model.config, -(-sequences // world_size()), length, model.device, dtype)
-    o.slots = o.slots or min(gather_objects(found))
+    keep = plan.fits_beside_update(o.slots * bytes_per_slot(plan.config, length, dtype), free)
     sampler = error = None
     try:
-        sampler = Sampler(model.config, o.slots, length, model.device, dtype, o.compile)
+        sampler = Sampler(model.config, o.slots, length, model.device, dtype, o.compile, keep)
     except ValueError as caught:   # memory may be short on one process alone; then all of them end
         error = caught
     for each in filter(None, gather_objects(error)):
         raise each
     assert sampler is not None
     return sampler
+
+
+def fill_slots(plan: Plan, held_out: int, free: float) -> int:
+    """--slots, or with 0 as many as fit in the bytes that weights and reference have left free."""
+    o = plan.options
+    sequences = max(o.batch_size * (o.n_on + o.n_off),
+                    held_out * o.eval_samples if o.eval_every else 0)
+    return o.slots or choose_slots(
+        plan.config, -(-sequences // plan.processes), o.max_prompt_length + o.max_new_tokens,
+        plan.device, getattr(torch, o.dtype), plan.beside_cache, free)
+
+
+def say_dry_run(plan: Plan, builder: PromptBuilder, problems: list[Problem],
+                demonstrations: Demonstrations | None, held_out: int, free: float) -> None:
+    """Prints the options, the prompts of the first question and the memory of each process.
+
+    free: the bytes that a process may take, plan.own included.
+    """
+    o = plan.options
+    o.slots = fill_slots(plan, held_out, free - plan.own - plan.weights - plan.reference)
+    cache = o.slots * bytes_per_slot(plan.config, o.max_prompt_length + o.max_new_tokens,
+                                     getattr(torch, o.dtype))
+    print("", yaml.safe_dump(asdict(o), sort_keys=False), sep="\n")
+    problem = problems[epoch_order(o.seed, 0, len(problems))[0]]
+    prompts = {"The first question": builder.plain(problem)}
+    if demonstrations is not None:
+        prompts["The first question with demonstrations"] = demonstrations.draw(
+            problem, random.Random(f"demonstrations {o.seed} 0 0 0"))[1]
+    for name, tokens in prompts.items():
+        print(f"{name}, {len(tokens)} tokens:", builder.tokenizer.decode(tokens), tokens, "",
+              sep="\n")
+    print(plan.table(cache, o.slots, free))
 
 
 def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Problem],
@@ -338,11 +388,17 @@ def _check_evaluation(o: EvaluationOptions) -> None:
         f"0 other than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
 
 
-def load_any_model(path: str, device, dtype) -> tuple[Transformer, Any]:
-    """load_model, also of a run of train.py and of one of its checkpoints; see runs.find_model."""
+def load_any_model(path: str, device, dtype, *shard: Callable) -> tuple[Transformer, Any]:
+    """load_model, also of a run of train.py and of one of its checkpoints; see runs.find_model.
+
+    shard: none, or one as load_model takes it.
+    """
     folder, checkpoint = find_model(path)
     if checkpoint is None:
-        return load_model(folder, device, dtype)
-    model, tokenizer = load_model(folder, device)
-    read_model(checkpoint, model)
+        return load_model(folder, device, dtype, *shard)
+    model, tokenizer = load_model(folder, device, torch.float32, *shard)
+    if str(device) != "meta":
+        if is_main() and Path(path) != checkpoint:
+            print(f"{path} is not finished: this is {checkpoint.name}")
+        read_model(checkpoint, model)
     return model.to(dtype), tokenizer

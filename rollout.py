@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from machine import free_memory, merged_products
+from memory import FILL, bytes_per_slot
 from model_utils import KVCache, ModelConfig, Transformer
 
 MAX_SLOTS = 256            # even where the free memory would allow more
@@ -214,7 +215,7 @@ class Sampler:
     stops: dict[tuple[int, ...], torch.Tensor]
 
     def __init__(self, config: ModelConfig, slots: int, max_length: int, device,
-                 dtype: torch.dtype, compile: bool = False):
+                 dtype: torch.dtype, compile: bool = False, keep: bool = False):
         self.config, self.slots, self.max_length = config, slots, max_length
         self.device, self.dtype = torch.empty(0, device=device).device, dtype   # with its index
         self.capture = None   # on a GPU, see prepare
@@ -226,24 +227,22 @@ class Sampler:
                                     message="Dynamo detected a call to a `functools.lru_cache`")
             self.step = torch.compile(self._step, dynamic=True)
         self.work = Work()
-        self.graphs, self.model, self.keeps = {}, lambda: None, False
-        self.bytes = slots * KVCache.bytes_per_slot(config, max_length, dtype)
+        self.graphs, self.model, self.keeps = {}, lambda: None, keep and self.stream is not None
+        needed = slots * KVCache.bytes_per_slot(config, max_length, dtype)
         free = free_memory(self.device)
-        if self.bytes > free:
+        if needed > free:
             raise ValueError(f"a cache of {slots} slots of {max_length} positions takes "
-                             f"{self.bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: fewer "
+                             f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: fewer "
                              f"slots, or shorter prompts and responses, would fit")
 
     def prepare(self, model: Transformer, settings: _Settings) -> None:
         """Allocates what is not yet there, and drops the graphs of another model.
 
-        Graphs refer to the weights and the cache they were captured with. `keeps` says whether they
-        shall serve again for a model that is gathered for every rollout: on a GPU, if the cache
-        takes at most a third of the memory that is free. The sampler then holds the gathered model,
-        and gather_model puts the next weights into it.
+        Graphs refer to the weights and the cache they were captured with. Where `keeps` is set, the
+        sampler holds a model that is gathered for every rollout, gather_model puts the next weights
+        into it, and the graphs serve again.
         """
         if "cache" not in vars(self):
-            self.keeps = self.stream is not None and 3 * self.bytes <= free_memory(self.device)
             self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
             shape = (self.slots, self.max_length)
@@ -459,11 +458,16 @@ def bucket(number: int, most: int) -> int:
     return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
 
 
-def choose_slots(config: ModelConfig, sequences: int, max_length: int, device,
-                 dtype: torch.dtype) -> int:
-    """The least of `sequences`, MAX_SLOTS and what a third of the free memory holds; at least 1."""
-    per_slot = KVCache.bytes_per_slot(config, max_length, dtype)
-    return max(1, min(sequences, MAX_SLOTS, free_memory(torch.device(device)) // 3 // per_slot))
+def choose_slots(config: ModelConfig, sequences: int, max_length: int, device, dtype: torch.dtype,
+                 beside: float = 0, free: float | None = None) -> int:
+    """The least of `sequences`, MAX_SLOTS and what 85 % of the free memory holds; at least 1.
+
+    beside: bytes that others will take while the cache is there. free: bytes, by default those of
+    the device now.
+    """
+    free = free_memory(torch.device(device)) if free is None else free
+    room = (FILL * free - beside) // bytes_per_slot(config, max_length, dtype)
+    return max(1, min(sequences, MAX_SLOTS, int(room)))
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,

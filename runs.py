@@ -219,7 +219,7 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     files are renamed, with a message.
     """
     settings = {name: value for name, value in asdict(options).items()
-                if name not in ("resume", "output_dir")}
+                if name not in ("resume", "output_dir", "dry_run", "cards")}
     replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal
@@ -376,8 +376,6 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
             raise ValueError(f"{folder} is a run that has written neither final/ nor a checkpoint "
                              f"yet")
         folder = checkpoints[-1]
-        if is_main():
-            print(f"{path} is not finished: this is {folder.name}")
     if folder.parent.name != "checkpoints" or not re.fullmatch(r"(damaged-)?step-[0-9-]+",
                                                                folder.name):
         return folder if path == "tiny" else path, None

@@ -35,7 +35,7 @@ import icpo
 import report
 import runs
 from curves import draw
-from data import Problem
+from data import Problem, epoch_order
 from distributed import gather_objects, is_main, world_size
 from eval import evaluate
 from machine import prepare_gradients
@@ -119,7 +119,7 @@ def draw_questions(run: Run, step: int) -> list[Question]:
 
     def question(index: int) -> Question:
         epoch, place = divmod(step * o.batch_size + index, count)
-        problem = run.problems[_epoch_order(o.seed, epoch, count)[place]]
+        problem = run.problems[epoch_order(o.seed, epoch, count)[place]]
         demos = [] if run.demonstrations is None else [run.demonstrations.draw(
             problem, random.Random(f"demonstrations {o.seed} {step} {index} {j}"))
             for j in range(o.n_off)]
@@ -132,11 +132,6 @@ def draw_questions(run: Run, step: int) -> list[Question]:
                        + [prompt for _, prompt in q.demos]) for q in part]
         mine += [part[i] for i in distributed.my_share(lengths)]
     return mine
-
-
-@functools.lru_cache(maxsize=2)   # a batch may reach into the next epoch
-def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    return random.Random(f"order {seed} {epoch}").sample(range(count), count)
 
 
 def sample_responses(run: Run, questions: list[Question], step: int,
@@ -218,7 +213,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     size = size.over_processes()
     share = 1.0 if o.normalizer == "batch" else 1.0 / size["parts"]
     prepare_gradients(run.model, run.device)
-    for rows in parts:
+    for rows in distributed.summed_at_the_last(run.model, parts):
         micro = batch.select(rows) if rows else NOTHING
         packing = pack([r.question.prompt for r in micro.responses],
                        [r.tokens for r in micro.responses], run.device)

@@ -42,6 +42,8 @@ from benchmarks.rollout import (
     report,
     synchronise,
 )
+from machine import own_memory
+from memory import Plan, bytes_per_slot, count_parameters
 from model_utils import ModelConfig, find_folder, load_model
 from options import TINY, DType, OptionParser, option
 from reward import score
@@ -52,6 +54,8 @@ TARGETS = {
             ("equal_memory_ratio", "<=", 0.7), ("varying_memory_ratio", "<=", 0.7)],
     "cuda": [("equal_update_share", ">=", 0.45)],
 }
+# The memory that memory.py computes, over that measured.
+ESTIMATE = [("equal_estimate_ratio", ">=", 0.85), ("equal_estimate_ratio", "<=", 1.15)]
 SIDES = {"here": {}, "trl": {"gradient_checkpointing": True},
          "trl_plain": {"gradient_checkpointing": False}}
 
@@ -79,7 +83,8 @@ class Options:
 # The two sides; each runs in its own process and returns {seconds, tokens, ...} of the timed steps
 
 def run_here(job: dict) -> dict:
-    folder = Path(job["folder"])
+    folder, device = Path(job["folder"]), torch.device(job["device"])
+    own = own_memory(device)
     run = trainer.prepare([
         "--method", "grpo", "--kl-coef", "0", "--model", job["model"], "--train-data",
         str(folder / "train.jsonl"), "--test-data", str(folder / "test.jsonl"), "--instruction=",
@@ -103,7 +108,12 @@ def run_here(job: dict) -> dict:
                         **{name: metrics[f"{name}_seconds"]
                            for name in ("rollout", "reward", "update")},
                         "operations": update_operations(run.model.config, rows)})
-    return {name: sum(each[name] for each in results[1:]) for name in results[0]}
+    length = run.options.max_prompt_length + run.options.max_new_tokens
+    cache = run.options.slots * bytes_per_slot(run.model.config, length,
+                                               getattr(torch, job["dtype"]))
+    plan = Plan(run.model.config, run.options, 1, device.type, own)
+    return {name: sum(each[name] for each in results[1:]) for name in results[0]} | {
+        "estimate": plan.peak(cache)}
 
 
 def update_operations(config: ModelConfig, rows) -> float:
@@ -246,6 +256,8 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
                   / (8 * options.prompts),
                   "memory_gb": here["memory"] / 1e9, "trl_memory_gb": memory / 1e9,
                   "memory_ratio": here["memory"] / memory,
+                  "estimate_gb": here["estimate"] / 1e9,
+                  "estimate_ratio": here["estimate"] / here["memory"],
                   **{f"{name}_seconds": here[name] / count
                      for name in ("rollout", "reward", "update")},
                   "update_share": here["operations"] / here["update"] / rate}
@@ -264,10 +276,10 @@ SHAPES = {   # Qwen3-1.7B and Qwen3-8B
 }
 
 
-def count_parameters(c: ModelConfig) -> tuple[int, int]:
-    """Returns (parameters in the blocks, parameters elsewhere), for families without biases."""
-    return (c.num_layers * (block_weights(c) + 2 * c.hidden_size + 2 * c.head_dim * c.qk_norm),
-            c.hidden_size + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2))
+def parts_of(config: ModelConfig) -> tuple[int, int]:
+    """Returns (parameters in the blocks, parameters elsewhere)."""
+    block, rest = count_parameters(config)
+    return config.num_layers * block, rest
 
 
 def communication(blocks: int, rest: int, processes: int, shard_size: int, micro_batches: int = 1,
@@ -278,12 +290,13 @@ def communication(blocks: int, rest: int, processes: int, shard_size: int, micro
     Embeddings, head and last norm stay gathered from the forward to the backward pass."""
     part, replicas, count = (shard_size - 1) / shard_size, processes // shard_size, blocks + rest
     # Weights are gathered, once for the rollout and block by block in the passes. Gradients are in
-    # float32; a reduce-scatter sums them within a replica and an all-reduce between the replicas.
+    # float32; a reduce-scatter sums them within a replica, and after the last micro-batch an
+    # all-reduce sums them between the replicas.
     return {"rollout": compute_bytes * count * part,
             "forward": compute_bytes * count * part * micro_batches * (1 + reference),
             "backward": compute_bytes * blocks * part * micro_batches,
             "gradients": 4 * count * part * micro_batches
-            + 4 * count / shard_size * 2 * (replicas - 1) / replicas * micro_batches}
+            + 4 * count / shard_size * 2 * (replicas - 1) / replicas}
 
 
 def print_communication() -> None:
@@ -294,7 +307,7 @@ def print_communication() -> None:
     for name, config in SHAPES.items():
         for processes in (8, 64, 512):
             for sharding, size in (("all", processes), ("8, HSDP", 8))[:1 if processes == 8 else 2]:
-                parts = communication(*count_parameters(config), processes, size)
+                parts = communication(*parts_of(config), processes, size)
                 received = [*parts.values(), sum(parts.values())]
                 print(f"{name:<7}{processes:>5}  {sharding:<10}" + "".join(
                     f"{value / 1e9:>{width}.2f}"
@@ -322,17 +335,18 @@ def main() -> None:
     print(f"{options.model}, {options.dtype}, {machine}, torch {torch.__version__}, "
           f"trl {trl.__version__}: {figures['matmul_gflop_per_second']:,.0f} GFLOP/s")
     print(f"{'':<9}{'seconds':>9}{'TRL':>9}{'ratio':>7}{'tokens/s':>10}{'TRL':>8}{'peak GB':>9}"
-          f"{'TRL':>7}{'ratio':>7}"
+          f"{'estimate':>9}{'TRL':>7}{'ratio':>7}"
           f"{'rollout':>9}{'update':>8}{'of rate':>9}{'tokens':>8}{'TRL':>7}")
     for case in ("equal", "varying"):
         f = {name.removeprefix(case + "_"): value for name, value in figures.items()
              if name.startswith(case)}
         print(f"{case:<9}{f['seconds']:>9.2f}{f['trl_seconds']:>9.2f}{f['time_ratio']:>7.2f}"
               f"{f['tokens_per_second']:>10,.0f}{f['trl_tokens_per_second']:>8,.0f}"
-              f"{f['memory_gb']:>9.2f}{f['trl_memory_gb']:>7.2f}{f['memory_ratio']:>7.2f}"
+              f"{f['memory_gb']:>9.2f}{f['estimate_gb']:>9.2f}{f['trl_memory_gb']:>7.2f}"
+              f"{f['memory_ratio']:>7.2f}"
               f"{f['rollout_seconds']:>9.2f}{f['update_seconds']:>8.2f}{f['update_share']:>9.0%}"
               f"{f['mean_length']:>8.1f}{f['trl_mean_length']:>7.1f}")
-    report(figures, [] if options.model == "tiny" else TARGETS[device], options.check)
+    report(figures, ESTIMATE + ([] if options.model == "tiny" else TARGETS[device]), options.check)
 
 
 if __name__ == "__main__":

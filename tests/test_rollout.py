@@ -499,9 +499,6 @@ def test_a_cache_that_does_not_fit_is_an_error(model, monkeypatch):
     # The factors are: keys and values, layers, heads, positions, head size, bytes of a number.
     per_slot = 2 * 2 * 2 * 64 * 16 * 4
     monkeypatch.setattr(rollout, "free_memory", lambda device: 10 * per_slot)
-    assert choose_slots(model.config, 100, 64, "cpu", torch.float32) == 3
-    assert choose_slots(model.config, 2, 64, "cpu", torch.float32) == 2
-    assert choose_slots(model.config, 100, 32, "cpu", torch.bfloat16) == 13
     Sampler(model.config, 10, 64, "cpu", torch.float32)
     with pytest.raises(ValueError, match="11 slots of 64 positions takes 0.00 GB, "
                                          "but 0.00 GB are free: fewer slots"):
@@ -509,6 +506,22 @@ def test_a_cache_that_does_not_fit_is_an_error(model, monkeypatch):
     monkeypatch.setattr(rollout, "free_memory", lambda device: per_slot - 1)
     with pytest.raises(ValueError, match="a cache of 1 slots of 64 positions"):
         generate(model, [[1] * 40], max_new_tokens=24)
+
+
+def test_slots_fill_the_free_memory_but_for_a_margin(model, monkeypatch):
+    # Beside keys and values: a response's tokens, log-probabilities and random numbers, two logits
+    # of each token in the model's type and three in float32.
+    per_slot = 2 * 2 * 2 * 64 * 16 * 4 + 64 * (8 + 4 + 8) + model.config.vocab_size * (2 * 4 + 12)
+    half = 2 * 2 * 2 * 64 * 16 * 2 + 64 * (8 + 4 + 8) + model.config.vocab_size * (2 * 2 + 12)
+    monkeypatch.setattr(rollout, "free_memory", lambda device: 100 * per_slot)
+    choose = functools.partial(choose_slots, model.config, max_length=64, device="cpu")
+    assert choose(1000, dtype=torch.float32) == 85
+    assert choose(2, dtype=torch.float32) == 2
+    assert choose(1000, dtype=torch.bfloat16) == 85 * per_slot // half
+    assert choose(1000, dtype=torch.float32, beside=20 * per_slot) == 65
+    assert choose(1000, dtype=torch.float32, beside=200 * per_slot) == 1
+    assert choose(1000, dtype=torch.float32, free=10 * per_slot) == 8
+    assert choose(1000, dtype=torch.float32, free=1000 * per_slot) == rollout.MAX_SLOTS
 
 
 def test_a_sampler_for_shorter_prompts_or_another_model_is_refused(model):

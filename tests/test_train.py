@@ -34,6 +34,9 @@ TINY = ROOT / "tiny"
 SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4",
          "--eval-every", "2", "--checkpoint-every", "2", "--kl-coef", "0.01", "--device", "cpu"]
 
+# With these a process has several micro-batches a step; no prompt is longer.
+MANY_PARTS = ["--max-prompt-length", "152", "--micro-batch-tokens", "200"]
+
 
 def prepare(folder, *more):
     return trainer.prepare([*SMALL, "--output-dir", str(folder), *map(str, more)])
@@ -140,10 +143,11 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     (2, [], ["--micro-batch-tokens", "560"]),
     (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"],
      ["--micro-batch-tokens", "1000"]),
+    (2, [], ["--shard-size", "1", *MANY_PARTS]),
     (4, [], ["--shard-size", "2", "--recompute-activations", "all"]),
 ])
 def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, settings, layout):
-    """Sharding over all processes or over pairs of them, and other micro-batches, give the same
+    """Sharding over all processes, over pairs or not at all, and other micro-batches, give the same
     samples, metrics and weights to float32 rounding. With `settings`, only the shorter off-policy
     responses are right and join their groups, so the processes hold different numbers of rows and
     micro-batches."""
@@ -784,22 +788,31 @@ import json, sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
 import train as trainer
-received = {{"gathered": 0, "reduced": 0}}
+received = {{"gathered": 0, "reduced": 0, "micro_batches": 0}}
 
 def count(kind, collective):
     def counting(*arguments, **named):
-        # The tensors are the collective's output and input.
+        # The tensors are the collective's output and input, or both in one. Two processes sum one:
+        # each receives half of it twice.
         sizes = [t.nbytes for t in [*arguments, *named.values()] if isinstance(t, torch.Tensor)]
-        received[kind] += max(sizes) - min(sizes)
+        received[kind] += max(sizes) - min(sizes) if len(sizes) > 1 else sizes[0]
         return collective(*arguments, **named)
     return counting
 
+micro_batches = trainer.distributed.micro_batches
+
+def count_micro_batches(*arguments):
+    parts = micro_batches(*arguments)
+    received["micro_batches"] += len(parts)
+    return parts
+
+trainer.distributed.micro_batches = count_micro_batches
 run = trainer.prepare(sys.argv[1:])
 responses = trainer.sample_responses(run, trainer.draw_questions(run, 0), 0)
 batch = trainer.form_groups(run, responses, trainer.score_responses(run, responses), 0)
 # Newer and older releases of PyTorch use different names.
 for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")),
-                    ("reduced", ("reduce_scatter_single", "reduce_scatter_tensor"))):
+                    ("reduced", ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce"))):
     for name in names:
         if hasattr(dist, name):
             setattr(dist, name, count(kind, getattr(dist, name)))
@@ -809,15 +822,18 @@ if trainer.is_main():
 """
 
 
-def test_the_bytes_sent_match_the_table(tmp_path):
-    from benchmarks.train_step import communication, count_parameters
+@pytest.mark.parametrize("shard_size, layout", [(2, []), (1, ["--shard-size", "1", *MANY_PARTS])])
+def test_the_bytes_sent_match_the_table(tmp_path, shard_size, layout):
+    from benchmarks.train_step import communication, parts_of
     (tmp_path / "count.py").write_text(COUNT_BYTES.format(root=str(ROOT)))
-    said = run_script("count.py", *SMALL, "--kl-coef", "0", "--output-dir", tmp_path / "run",
-                      processes=2, root=tmp_path).stdout
+    said = run_script("count.py", *SMALL, *layout, "--kl-coef", "0", "--output-dir",
+                      tmp_path / "run", processes=2, root=tmp_path).stdout
     received = json.loads([line for line in said.splitlines() if line.startswith("{")][-1])
     model, _ = load_model(TINY / "model")
-    blocks, rest = count_parameters(model.config)
+    blocks, rest = parts_of(model.config)
     assert blocks + rest == sum(p.numel() for p in model.parameters())
-    expected = communication(blocks, rest, processes=2, shard_size=2, compute_bytes=4)
+    expected = communication(blocks, rest, 2, shard_size, received["micro_batches"],
+                             compute_bytes=4)
+    assert (received["micro_batches"] > 1) == bool(layout)
     assert received["gathered"] == expected["forward"] + expected["backward"]
     assert received["reduced"] == expected["gradients"]

@@ -26,6 +26,7 @@ PANELS = [("eval_accuracy", "Held-out accuracy, 0 shots", "share right"),
           ("grad_norm", "Gradient norm before clipping", "")]
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+LABELS = {"grpo": "GRPO", "luffy": "LUFFY", "icpo": "ICPO", "icpo-rs": "ICPO†"}   # --method: name
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3))]
 
 
@@ -51,8 +52,7 @@ def draw(runs: list[Path], output: Path) -> None:
         metrics = read_metrics(run)
         config = run / "config.yaml"
         settings = read_settings(config) if config.is_file() else {}
-        method = settings.get("method", run.name)
-        methods.setdefault(method.upper(), []).append(metrics)
+        methods.setdefault(LABELS.get(settings.get("method", ""), run.name), []).append(metrics)
     draw_groups(methods, PANELS, Path(output))
 
 
@@ -60,7 +60,8 @@ def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str
                 output: Path) -> None:
     """Writes a PNG with a panel for each (metric, title, unit).
 
-    A group of runs is one line, their mean, in a band from the lowest to the highest.
+    A group of runs is one line, their mean, in a band from the lowest to the highest. The legend
+    stands below the panels, where it covers no line.
     """
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, (name, title, unit) in zip(axes.flat, panels):
@@ -81,16 +82,13 @@ def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str
         if unit == "share right":
             axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-        if axis.lines and len(groups) <= 3:   # the legends of more would cover the lines
-            axis.legend()
-        elif not axis.lines:
+        if not axis.lines:
             axis.text(0.5, 0.5, "none sampled", transform=axis.transAxes, ha="center",
                       color="grey")
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    if len(groups) > 3:
-        lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(5, len(lines)))
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=5)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)

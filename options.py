@@ -142,14 +142,16 @@ def did_you_mean(word: str, options, prefix: str = "") -> str:
 def end_with_mistake(program: str, message: object) -> NoReturn:
     """Says what the user did wrong, once for all processes, and exits with status 2.
 
-    torchrun prints pages of its own behind it, and at the end of these the message once more.
+    torchrun ends the other processes when the first has ended, prints pages of its own, and at
+    their end the message once more. A mistake on another machine than rank 0's is said by that one.
     """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)   # rank 0 may have found the same
     text = f"{program}: error: {message}"
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         more = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}))
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+    print(text, file=sys.stderr)
     sys.exit(2)
 
 

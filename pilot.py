@@ -5,6 +5,7 @@ is a second plain draw at the same temperature; it shows the distance and flips 
 """
 
 import random
+import textwrap
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +17,10 @@ import matplotlib.pyplot as plt
 
 from curves import COLOURS
 from options import EvaluationOptions
+
+
+def shots_of(number: int) -> str:
+    return f"{number} shot{'s' * (number != 1)}"
 
 
 def compare(plain: list[dict], other: list[dict], samples: int) -> dict[str, float]:
@@ -79,7 +84,7 @@ def report(o: EvaluationOptions, found: dict[tuple, list[dict]],
     found: the records, and rows: the rows of the table, both by case (data, shots, temperature,
     again).
     """
-    results, steered_name = [], f"{o.shots[1]} shot{'s' * (o.shots[1] > 1)}"
+    results, steered_name = [], shots_of(o.shots[1])
     print(f"\nAgainst the plain answers at temperature {o.temperature:g}:")
     for name in o.data:
         plain, steered = (name, 0, o.temperature, False), (name, o.shots[1], o.temperature, False)
@@ -108,34 +113,39 @@ def report(o: EvaluationOptions, found: dict[tuple, list[dict]],
 
 
 def draw(results: list[dict], output: Path) -> None:
-    """A PNG. results: for each data set its name, the rows of the table and the changes by name."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    names, width = [Path(result["data"]).stem for result in results], 0.38
+    """A PNG. results: for each data set its name, the rows of the table and the changes by name.
+
+    A kind of answers is a group of bars, one for each data set.
+    """
+    others = len(results[0]["changes"])   # The panels' widths leave room for the names of bars.
+    figure, axes = plt.subplots(1, 3, figsize=(3.2 + 2.2 * others, 4), layout="constrained",
+                                width_ratios=[2, others, others])
+    names, width = [Path(result["data"]).stem for result in results], 0.8 / len(results)
     if len(set(names)) < len(names):
         names = [result["data"] for result in results]
-    for side, kind in enumerate(("plain", "steered")):
-        rows = [result[kind] for result in results]
+    for i, (name, result) in enumerate(zip(names, results)):
+        rows, changes = (result["plain"], result["steered"]), result["changes"].values()
         errors = [[row["accuracy"] - row["low"] for row in rows],
                   [row["high"] - row["accuracy"] for row in rows]]
-        axes[0].bar([i + (side - 0.5) * width for i in range(len(rows))],
-                    [row["accuracy"] for row in rows], width, yerr=errors, capsize=4,
-                    color=COLOURS[side], label=f"{rows[0]['shots']} shots")
-    axes[0].set(title="Accuracy, with 95 % intervals", ylabel="share right", ylim=(0, 1.25),
-                yticks=[i / 5 for i in range(6)], xticks=range(len(names)), xticklabels=names)
-    for axis, title, kinds in (
-            (axes[1], "Edit distance to the plain answers", [("distance", "", "-")]),
-            (axes[2], "Answers that flip", [("gained", ", wrong to right", "-"),
-                                            ("lost", ", right to wrong", "--")])):
-        for name, result, colour, marker in zip(names, results, COLOURS * len(names),
-                                                "osD^v<>" * len(names), strict=False):
-            changes = result["changes"]
-            for kind, label, line in kinds:
-                axis.plot([each.replace(" ", "\n") for each in changes],
-                          [change[kind] for change in changes.values()], line, color=colour,
-                          marker=marker, label=name + label)
-        axis.set(title=title, ylabel="share", ylim=(-0.02, None))
-    for axis in axes:
+        for axis, heights, style in (
+                (axes[0], [row["accuracy"] for row in rows], {"yerr": errors, "capsize": 4}),
+                (axes[1], [change["distance"] for change in changes], {}),
+                (axes[2], [change["gained"] for change in changes], {"label": name}),
+                (axes[2], [-change["lost"] for change in changes], {"alpha": 0.5})):
+            places = [kind + (i - (len(results) - 1) / 2) * width for kind in range(len(heights))]
+            axis.bar(places, heights, width, color=COLOURS[i % len(COLOURS)], **style)
+    answers = [shots_of(results[0][kind]["shots"]) for kind in ("plain", "steered")]
+    for axis, title, unit, kinds in (
+            (axes[0], "Accuracy, 95 % intervals", "share right", answers),
+            (axes[1], "Edit distance to the plain answers", "share", results[0]["changes"]),
+            (axes[2], "Answers that turn right (up) or wrong (down)", "share",
+             results[0]["changes"])):
+        axis.set(title=title, ylabel=unit, xticks=range(len(kinds)),
+                 xticklabels=[textwrap.fill(kind, 12) for kind in kinds])
         axis.grid(alpha=0.3, axis="y")
-        axis.legend(fontsize=9, ncols=2 if axis is axes[0] else 1)
+        axis.set_axisbelow(True)
+    axes[2].axhline(0, color="black", linewidth=0.8)
+    axes[2].yaxis.set_major_formatter(lambda share, _: f"{abs(share):.2g}")
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(output, dpi=110)
     plt.close(figure)

@@ -325,7 +325,7 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         table |= {f"{name} (the runs of {same})": results[same] for name, same in SAME.items()
                   if same in table}
         made = [line for line in (o.output_dir / setting / "make.log").read_text().splitlines()
-                if "shots:" in line]
+                if "worked out" in line]
         clocks = [o.output_dir / setting / "seconds",
                   *(beside(folder, "seconds") for runs in done.values()
                     for folder in runs.values())]

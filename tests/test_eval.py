@@ -17,7 +17,7 @@ import train
 from data import Demonstrations, PromptBuilder, load_problems
 from eval import evaluate, interval, summarise
 from model_utils import load_model
-from options import EvaluationOptions
+from options import METHODS, EvaluationOptions
 from prepare import load_any_model, prepare_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,6 +269,49 @@ def test_compare_shots_reports_the_change_per_setting(tmp_path):
     assert list(result["changes"]) == ["0 shots again", "temperature 1.4", "1 shot"]
     refused = command(tmp_path, "--compare-shots", "--shots", 1, 2)
     assert refused.returncode == 2 and "compares --shots 0 with one other number" in refused.stderr
+
+
+def drawn(monkeypatch, module, *arguments):
+    """Calls module.draw, checks that the legend covers nothing, and returns the figure and the
+    legend's names."""
+    with monkeypatch.context() as patch:
+        patch.setattr(curves.plt, "close", lambda figure: None)
+        module.draw(*arguments)
+    figure = curves.plt.gcf()
+    curves.plt.close(figure)
+    legend, = figure.legends
+    box = legend.get_window_extent()
+    assert not any(axis.get_legend() or box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
+    return figure, [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_picture_of_a_comparison_has_bars_and_a_legend_that_covers_none(tmp_path, monkeypatch):
+    change = {"distance": 0.5, "gained": 0.3, "lost": 0.2}
+    result = {"plain": {"shots": 0, "accuracy": 0.4, "low": 0.3, "high": 0.5},
+              "steered": {"shots": 1, "accuracy": 0.8, "low": 0.7, "high": 0.9},
+              "changes": dict.fromkeys(["0 shots again", "temperature 1.4", "1 shot"], change)}
+    figure, names = drawn(monkeypatch, pilot, [result | {"data": "tiny"}, result | {"data": "b/c"}],
+                          tmp_path / "out.png")
+    assert names == ["tiny", "c"]
+    accuracy, distance, flips = figure.axes
+    assert [text.get_text() for text in accuracy.get_xticklabels()] == ["0 shots", "1 shot"]
+    assert [bar.get_height() for bar in accuracy.patches] == [0.4, 0.8] * 2
+    assert [bar.get_height() for bar in distance.patches] == [0.5] * 6
+    assert [bar.get_height() for bar in flips.patches] == ([0.3] * 3 + [-0.2] * 3) * 2
+    # No line joins kinds of answers, which have no order: the only one is that of 0.
+    assert not distance.lines and [list(line.get_ydata()) for line in flips.lines] == [[0, 0]]
+
+
+def test_curves_name_the_systems_and_their_legend_covers_no_line(tmp_path, monkeypatch):
+    assert curves.LABELS.keys() == METHODS.keys()
+    for method in METHODS:
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "config.yaml").write_text(f"method: {method}\n")
+        (tmp_path / method / "metrics.jsonl").write_text('{"step": 1, "reward_on": 0.5}\n')
+    for count in (1, 2, 4):
+        runs = [tmp_path / method for method in METHODS][-count:]
+        _, names = drawn(monkeypatch, curves, runs, tmp_path / "out.png")
+        assert names == ["GRPO", "LUFFY", "ICPO", "ICPO†"][-count:]
 
 
 def test_curves_are_read_summarised_and_drawn(tmp_path):

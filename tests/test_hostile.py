@@ -264,13 +264,15 @@ def test_a_run_is_resumed_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_mistake_is_said_once_for_all_processes(tmp_path, capsys, monkeypatch, rank):
-    """torchrun prints what stands in the error file of the first process that has failed."""
+    """torchrun ends the others when rank 0 has ended, and prints what stands in the error file."""
     message = "train.py: error: unknown option --stepz; did you mean --steps?"
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit, match="2"):
         trainer.prepare(["--stepz", "3"])
-    assert capsys.readouterr().err == (message + "\n" if rank == "0" else "")
+    assert capsys.readouterr().err == message + "\n" and slept == [3] * (rank == "1")
     found = json.loads((tmp_path / "error.json").read_text())["message"]
     assert found["message"] == found["extraInfo"]["py_callstack"] == message
 

@@ -1,13 +1,16 @@
 """Checks the README's worked example with icpo.py, its length and the functions that it names, and
-the links of all pages."""
+the links, paths and options in all pages."""
 
+import ast
 import inspect
 import re
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import icpo
 from icpo import (
@@ -19,10 +22,17 @@ from icpo import (
     mix_groups,
     policy_shaping,
 )
+from options import EvaluationOptions, TrainingOptions, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+SCRIPTS = sorted([*ROOT.glob("*.py"), ROOT / "tiny/make.py", ROOT / "tests/golden.py",
+                  *ROOT.glob("benchmarks/*.py")])
+# Options that no script declares itself: argparse's and torchrun's.
+ELSEWHERE = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
+             "--max-restarts", "--shutdown-timeout"}
 HEADER = "response     R      Â  π_θ(·|q)  logprob  π_old  old logprob   r, r̂  f(r̂)   CLIP\n"
 ROW = re.compile(r"^(on-policy \d|off-policy) +(\d) +(?:leaves|\S+ +(\S+) +\S+ +(\S+) .*)$", re.M)
 
@@ -134,6 +144,35 @@ def test_links_point_at_what_exists(page):
         file = page.parent / path if path else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def text_of(file: Path) -> str:
+    """Returns what a reader is told: a page, a configuration, or the docstring of a script."""
+    text = file.read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(text)) or "" if file.suffix == ".py" else text
+
+
+@pytest.mark.parametrize("file", [*PAGES, *CONFIGS, *SCRIPTS],
+                         ids=lambda file: str(file.relative_to(ROOT)))
+def test_paths_are_of_files_that_exist_or_that_a_configuration_names(file):
+    named = {value for config in CONFIGS for value in yaml.safe_load(config.read_text()).values()}
+    for path in re.findall(r"[\w./-]+/[\w.-]+\.(?:jsonl|yaml|py|png)\b", text_of(file)):
+        if not path.startswith("runs/"):   # a run of the reader's own
+            places = ROOT / path, file.parent / path
+            assert path in named or any(place.is_file() for place in places), path
+
+
+def test_options_in_pages_exist():
+    """In pages, comments of configurations and docstrings of scripts alike."""
+    known = ELSEWHERE | {flag(each.name) for options in (TrainingOptions, EvaluationOptions)
+                           for each in fields(options)}
+    for script in SCRIPTS:
+        text = script.read_text(encoding="utf-8")
+        known |= set(re.findall(r'add\w*\(\s*"(--[\w-]+)"', text))
+        known |= {flag(name) for name in re.findall(r"^    (\w+): .* = option\(", text, re.M)}
+    used = {(option, file.name) for file in [*PAGES, *CONFIGS, *SCRIPTS]
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text_of(file))}
+    assert not {(option, name) for option, name in used if option not in known}
 
 
 def test_the_procedure_shows_the_lines_of_train_step():

@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import curves
 from benchmarks import reproduce
 
 
@@ -77,7 +79,8 @@ def report_of(tmp_path, seeds):
     missing, and returns its text."""
     folder = tmp_path / "rare"
     (folder / "runs").mkdir(parents=True)
-    (folder / "make.log").write_text("0 shots: 14.5% right, 0.0% worked out\n")
+    (folder / "make.log").write_text("0.83 M parameters\n0 shots:  14.5% right,   0.0% worked out\n"
+                                     "1 shot:  77.3% right, 100.0% worked out\n")
     (folder / "seconds").write_text("1.0\n")
     (folder / "pilot.json").write_text(
         json.dumps({"comparison": [{"verdict": "On tiny, they help."}]}))
@@ -102,11 +105,30 @@ def report_of(tmp_path, seeds):
                            "(+0.0 points, +0.0 to +0.0);")])
 def test_the_report_names_missing_runs_and_draws_the_others(tmp_path, seeds, row, words):
     text = report_of(tmp_path, seeds)
+    assert ("The model before training: 0 shots: 14.5% right, 0.0% worked out; "
+            "1 shot: 77.3% right, 100.0% worked out.\n") in text
     assert row in text and words in text and f"Not done: ICPO, seed {seeds - 1}." in text
     done = 2 * seeds - 1
     assert f"{done} runs, and the making of the model: {10 * done + 1} s" in text
     for name in ("curves", "systems"):
         assert (tmp_path / f"rare-{name}.png").stat().st_size > 10_000
+
+
+def test_pictures_and_results_name_the_systems_alike():
+    """curves.py names runs by their method; the page has the systems and choices of the script."""
+    methods = {options: name for name, options in reproduce.SYSTEMS.items()}
+    assert {f"--method {method}": name for method, name in curves.LABELS.items()}.items() <= (
+        methods.items())
+    page = (reproduce.ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for setting in reproduce.SETTINGS:
+        part = page.partition(f"\n## {setting}\n")[2].partition("\n## ")[0]
+        tables = [re.findall(r"^\| ([^|]+) \| \d.* \| ([^|]+) \|$", table, re.M)
+                  for table in part.split("### The choices")]
+        names = [name.split(" (")[0] for name, _ in tables[0]]
+        assert names == [*reproduce.SYSTEMS, *reproduce.SAME]
+        assert [figure for _, figure in tables[0]] == [
+            str(reproduce.PAPER.get(name, "–")) for name in names]
+        assert [name for name, _ in tables[1]] == ["ICPO†", *reproduce.CHOICES]
 
 
 def test_a_run_that_fails_says_why(tmp_path):

@@ -40,7 +40,7 @@ def test_the_script_makes_the_same_from_the_same_seed(tmp_path):
     said = make(tmp_path / "a")
     make(tmp_path / "b")
     make(tmp_path / "c", "--seed", "1", "--terms", "2", "3")
-    assert "0 shots:" in said and "1 shots:" in said
+    assert "0 shots:" in said and "1 shot:" in said
     for name in ("train.jsonl", "model/model.safetensors", "model/tokenizer.json"):
         a, b, c = ((tmp_path / run / name).read_bytes() for run in "abc")
         assert a == b and (name == "model/tokenizer.json") == (a == c)

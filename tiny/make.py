@@ -260,7 +260,7 @@ def main() -> None:
     train(model, builder, settings, settings.document_terms or settings.terms, held_out)
     for shots in (0, 1, 2):
         right, worked = accuracy(model, builder, test, demonstrations, shots)
-        print(f"{shots} shots: {right:6.1%} right, {worked:6.1%} worked out")
+        print(f"{shots} shot{'s' * (shots != 1)}: {right:6.1%} right, {worked:6.1%} worked out")
     folder = settings.output_dir / "model"
     if folder.exists():
         for file in folder.iterdir():

@@ -157,7 +157,7 @@ def text_of(file: Path) -> str:
 def test_paths_are_of_files_that_exist_or_that_a_configuration_names(file):
     named = {value for config in CONFIGS for value in yaml.safe_load(config.read_text()).values()}
     for path in re.findall(r"[\w./-]+/[\w.-]+\.(?:jsonl|yaml|py|png)\b", text_of(file)):
-        if not path.startswith("runs/"):   # a run of the reader's own
+        if not path.startswith(("runs/", "evals/")):   # what the reader's own commands write
             places = ROOT / path, file.parent / path
             assert path in named or any(place.is_file() for place in places), path
 

@@ -274,7 +274,7 @@ def sound_folder(tmp_path_factory):
     (lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(), "model-00002-of-.* is missing"),
     (lambda f: [file.unlink() for file in f.glob("model*")], "no .safetensors file"),
     (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    (lambda f: (f / "config.json").write_text("{"), "config.json: .*JSON"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json is damaged: .*JSON"),
     (lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "factor": 8.0,
                                                "rope_theta": 1e4}), "config.json: "),
     (lambda f: sorted(f.glob("*.safetensors"))[0].write_text("version https://git-lfs"),
@@ -462,7 +462,7 @@ from test_model_utils import make_model, packing_with_buckets
 
 init_distributed("cpu")
 model, whole = make_model(head_dim=16), make_model(head_dim=16)
-shard(model, torch.float32)
+shard(model, torch.device("cpu"), torch.float32)
 wrap_blocks(model, "cheap", compile=True)
 for step in range(3):
     with torch.compiler.set_stance("fail_on_recompile" if step else "default"):

@@ -509,10 +509,10 @@ def test_a_cache_that_does_not_fit_is_an_error(model, monkeypatch):
 
 
 def test_slots_fill_the_free_memory_but_for_a_margin(model, monkeypatch):
-    # Beside keys and values: a response's tokens, log-probabilities and random numbers, two logits
-    # of each token in the model's type and three in float32.
-    per_slot = 2 * 2 * 2 * 64 * 16 * 4 + 64 * (8 + 4 + 8) + model.config.vocab_size * (2 * 4 + 12)
-    half = 2 * 2 * 2 * 64 * 16 * 2 + 64 * (8 + 4 + 8) + model.config.vocab_size * (2 * 2 + 12)
+    # Beside keys and values: a response's tokens, log-probabilities and random numbers, and five
+    # logits of each token in float32.
+    per_slot = 2 * 2 * 2 * 64 * 16 * 4 + 64 * (8 + 4 + 8) + model.config.vocab_size * 5 * 4
+    half = 2 * 2 * 2 * 64 * 16 * 2 + 64 * (8 + 4 + 8) + model.config.vocab_size * 5 * 4
     monkeypatch.setattr(rollout, "free_memory", lambda device: 100 * per_slot)
     choose = functools.partial(choose_slots, model.config, max_length=64, device="cpu")
     assert choose(1000, dtype=torch.float32) == 85

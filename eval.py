@@ -174,7 +174,8 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
     """
     label = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
     label |= {"again": True} if case.again else {}
-    title = f"{case.data}, {case.shots} shot{'s' * (case.shots != 1)}, temperature {case.temperature:g}"
+    title = (f"{case.data}, {case.shots} shot{'s' * (case.shots != 1)}, "
+             f"temperature {case.temperature:g}")
     place = {problem.id: i for i, problem in enumerate(case.problems)}
     known = {record["id"] for record in records}
     left = [i for problem, i in place.items() if problem not in known]

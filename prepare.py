@@ -343,14 +343,14 @@ def prepare_evaluation(o: EvaluationOptions):
     data = {name: load_problems(embedded(name, "test.jsonl"), (), o.answer_lists)[:o.limit or None]
             for name in o.data}
     device = init_distributed(o.device)
-    model, tokenizer = load_any_model(o.model, device, getattr(torch, o.dtype))
-    choose_length(o, model)
-    _check_memory(64 * o.samples, o, f"--samples {o.samples}")
-    positions = model.config.max_position
+    empty, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
+    choose_length(o, empty)
+    _check_memory(max(map(len, data.values())) * o.samples, o, f"--samples {o.samples}")
+    positions = empty.config.max_position
     require(positions > o.max_new_tokens, f"--max-new-tokens {o.max_new_tokens} leaves no room for "
             f"a prompt: {o.model} has {positions} positions")
     room = min(o.max_prompt_length, positions - o.max_new_tokens)
-    builder = make_builder(o, tokenizer, model)
+    builder = make_builder(o, tokenizer, empty)
     numbers = sorted(set(o.shots) - {0})
     worked = load_demonstrations(o) if numbers else []
     pools = {k: Demonstrations(worked, builder, k, room, o.demo_min_chars) for k in numbers}
@@ -364,6 +364,7 @@ def prepare_evaluation(o: EvaluationOptions):
                       for temperature in [o.temperature, *sorted(o.temperatures)]]
     if is_main() and left_out:
         print(*left_out, sep="\n")
+    model, _ = load_any_model(o.model, device, getattr(torch, o.dtype))
     return model, builder, scorer, cases
 
 

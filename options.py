@@ -323,8 +323,8 @@ class TrainingOptions(SharedOptions):
         "none", "activation checkpointing: the backward pass computes again what is cheap (all but "
         "matrix products and attention), or all of a block but its input", free=True)
     compile_blocks: bool = _optim(
-        False, "put what lies around attention in each block through torch.compile, in the pass that "
-        "trains", free=True)
+        False, "put what lies around attention through torch.compile, in the pass that trains",
+        free=True)
     optimizer_state: Literal["float32", "bfloat16", "cpu"] = _optim(
         "float32", "AdamW's two moments: in float32, in half the memory, or in the CPU's memory "
         "(for small GPUs)")

@@ -36,7 +36,7 @@ from runs import (
 from verify import run_bounded
 
 SHORT = ["--batch-size", "4", "--n-on", "4", "--eval-every", "0", "--steps", "1",
-         "--checkpoint-every", "1"]
+         "--checkpoint-every", "1", "--device", "cpu"]
 
 
 def mistake(arguments, capsys) -> str:
@@ -168,7 +168,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["What"])
     tokenizer.save_pretrained(folder)
-    arguments = ["--model", folder, "--output-dir", tmp_path / "run"]
+    arguments = ["--model", folder, "--device", "cpu", "--output-dir", tmp_path / "run"]
     assert trainer.prepare([*map(str, arguments), "--instruction", ""])   # it is not used
     said = mistake([*arguments[:2], "--instruction", "What"], capsys)
     assert "the tokenizer makes the token 'What', 106, but the model's vocabulary has 106" in said
@@ -259,7 +259,8 @@ def test_a_run_is_resumed_from_any_folder(tmp_path, monkeypatch):
         *SHORT, "--train-data", "mine.jsonl", "--model", "model", "--reward", "own.py:mine",
         "--output-dir", "run"]))
     monkeypatch.chdir("elsewhere")
-    assert trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run")]).start == 1
+    assert trainer.prepare(["--resume", "--device", "cpu", "--output-dir",
+                            str(tmp_path / "run")]).start == 1
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -290,8 +291,8 @@ def test_output_without_a_reader_is_dropped():
 def test_a_signal_in_the_first_evaluation_stops_there(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--eval-samples", "200", "--output-dir",
-         str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [sys.executable, str(ROOT / "train.py"), "--eval-samples", "200", "--device", "cpu",
+         "--output-dir", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (folder / "config.yaml").is_file():
         assert process.poll() is None
         time.sleep(0.1)

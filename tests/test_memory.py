@@ -169,7 +169,7 @@ if dist.get_rank() == 0:
     (2, ["--shard-size", "1"])])
 def test_every_process_keeps_its_own_part(processes, settings, tmp_path):
     (tmp_path / "measure.py").write_text(MEASURE.format(root=str(ROOT)))
-    arguments = ["--batch-size", 6, "--n-on", 2, "--eval-every", 0, *settings]
+    arguments = ["--batch-size", 6, "--n-on", 2, "--eval-every", 0, "--device", "cpu", *settings]
     said = run_script("measure.py", *arguments, "--output-dir", tmp_path / "run",
                       processes=processes, root=tmp_path).stdout
     everyone = json.loads([line for line in said.splitlines() if line.startswith("[{")][-1])
@@ -228,7 +228,8 @@ def test_the_arithmetic_of_small_cards_is_that_of_the_project():
 
 
 def test_a_dry_run_shows_the_first_question_and_writes_nothing(tmp_path):
-    arguments = ["--train-data", "tiny", "--seed", "3", "--output-dir", tmp_path / "run"]
+    arguments = ["--train-data", "tiny", "--seed", "3", "--device", "cpu", "--output-dir",
+                 tmp_path / "run"]
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--dry-run",
                            *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -248,7 +249,7 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
         if (ROOT / "tiny" / "model" / file).is_file():
             (tmp_path / file).write_bytes((ROOT / "tiny" / "model" / file).read_bytes())
     arguments = ["--model", str(tmp_path), "--dry-run", "--output-dir", str(tmp_path / "run"),
-                 "--dtype", "bfloat16", "--optimizer-state", "cpu"]
+                 "--dtype", "bfloat16", "--optimizer-state", "cpu", "--device", "cpu"]
     with pytest.raises(SystemExit) as ended:
         trainer.prepare([*arguments, "--cards", "4x24"])
     assert not ended.value.code
@@ -266,6 +267,7 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
     with pytest.raises(ValueError, match="give 8x80 for 8 of 80 GB"):
         trainer.prepare([*arguments, "--cards", "80"])
     with pytest.raises(ValueError, match="--cards is for --dry-run"):
-        trainer.prepare(["--cards", "8x80", "--output-dir", str(tmp_path / "run")])
+        trainer.prepare(["--cards", "8x80", "--device", "cpu", "--output-dir",
+                         str(tmp_path / "run")])
     with pytest.raises(ValueError, match="does not divide among 3 processes"):
         trainer.prepare([*arguments, "--cards", "3x80"])

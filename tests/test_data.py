@@ -58,6 +58,11 @@ def test_a_number_stays_as_it_is_written(tmp_path, number):
     assert load_problems(path)[0].answer == number
 
 
+def test_ids_that_are_given_twice_differ(tmp_path):
+    path = write(tmp_path / "d.jsonl", *[GOOD | {"id": name} for name in ("a", "a-3", "a", "a")])
+    assert [p.id for p in load_problems(path)] == ["a", "a-3", "a-3-3", "a-4"]
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     assert load_problems(tmp_path / "d.jsonl")[0].problem == "1+1"

@@ -2,6 +2,7 @@
 real one. Numbers are compared with the CPU's to rounding, because a GPU adds in another order."""
 
 import contextlib
+import gc
 import itertools
 import json
 import random
@@ -58,7 +59,7 @@ def test_the_pretended_gpu_refuses_what_cuda_refuses():
         here, there = torch.ones(3, device="cuda"), torch.ones(3, device="cuda:1")
         for mixed in (torch.ones(3), there):
             with pytest.raises(RuntimeError, match="on the same device"):
-                here + mixed
+                torch.add(here, mixed)
         assert (here + torch.tensor(1.0)).sum().item() == 6 and gpu.waits
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for step in (lambda: here.sum().item(), lambda: here[here > 0], lambda: here.cpu(),
@@ -209,7 +210,6 @@ CASES = [
     "--optimizer-state bfloat16 --recompute-activations all --errs false",
     "--optimizer-state cpu --errs false --group append --n-off 2 --normalizer micro-batch",
     "--old-logprobs recompute --top-p 0.9 --top-k 20 --temperature 0.7 --errs false",
-    f"{BFLOAT16} --errs false",
     f"{BFLOAT16} --optimizer-state bfloat16 --offload-reference true --errs false",
 ]
 
@@ -255,20 +255,20 @@ def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(on_gpu, data, tmp_pa
     with on_gpu():
         for folder, steps in (("whole", "2"), ("resumed", "1")):
             trainer.train(prepare(tmp_path / folder, "cuda", *data, "--steps", steps,
-                                  "--optimizer-state", "bfloat16"))
+                                  "--optimizer-state", "bfloat16", "--eval-every", "0"))
         trainer.train(prepare(tmp_path / "resumed", "cuda", "--resume", "--steps", "2"))
     for name, weights in weights_of(tmp_path / "whole").items():
         assert torch.allclose(weights_of(tmp_path / "resumed")[name], weights, atol=1e-4)
     rows = [[json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").open()]
             for folder in ("whole", "resumed")]
     assert [row["reward_on"] for row in rows[0]] == [row["reward_on"] for row in rows[1]]
-    assert [row["eval_accuracy"] for row in rows[0]] == [row["eval_accuracy"] for row in rows[1]]
 
 
 def test_graphs_serve_rollout_after_rollout_where_memory_allows(data, tmp_path):
     """A gathered model stays at its place and gets the new weights; where it does not fit beside
     the update, it goes before that, and the graphs with it."""
     for room, kept in ((1 << 40, True), (50 << 20, False)):
+        gc.collect()   # the runs of earlier tests
         with pretend() as gpu:
             gpu.free = torch.cuda.memory_allocated() + room
             run = prepare(tmp_path / str(kept), "cuda", *data, *BFLOAT16.split())
@@ -369,7 +369,8 @@ def test_the_benchmark_runs_from_end_to_end_and_a_part_that_fails_ends_no_other(
         benchmark.main([
             "--output", str(tmp_path / "gpu"), "--slots", "8", "--max-new-tokens", "4",
             "--sequences", "8", "--length", "32", "--micro-batch-tokens", "200", "--tokens", "64",
-            "--run-options", " ".join([*data, "--steps", "1"])], run=benchmark.run_part)
+            "--run-options", " ".join([*data, "--steps", "1", "--checkpoint-every", "0"])],
+            run=benchmark.run_part)
     written = json.loads((tmp_path / "gpu.json").read_text())["figures"]
     found = {(row["part"], row["name"]): row for row in written}
     assert [key[0] for key, row in found.items() if key[1] == "failed"] == ["tests"]

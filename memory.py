@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONTEXT = 10 ** 9        # bytes of a card that CUDA, its libraries and NCCL take
 FILL = 0.85              # share of the free memory that is used, because blocks leave gaps
 LOGITS_CHUNK = 1024      # positions whose logits exist at the same time, as in model_utils.py
-PREFILL = 4096           # positions that are prefilled at the same time, as in rollout.py
+PREFILL_POSITIONS = 4096   # that are prefilled in one pass, so that its memory is bounded
 
 
 def needs_group(options: TrainingOptions) -> bool:
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def _prefill(self) -> float:
-        c, positions = self.config, max(PREFILL, self.options.max_prompt_length)
+        c, positions = self.config, max(PREFILL_POSITIONS, self.options.max_prompt_length)
         return self.width * positions * (4 * c.intermediate_size + 6 * c.hidden_size)
 
     @property

@@ -31,12 +31,11 @@ import torch
 import torch.nn.functional as F
 
 from machine import free_memory, merged_products
-from memory import FILL, bytes_per_slot
+from memory import FILL, PREFILL_POSITIONS, bytes_per_slot
 from model_utils import KVCache, ModelConfig, Transformer
 
 MAX_SLOTS = 256            # even where the free memory would allow more
 CHECK_EVERY = 16           # decode steps on a GPU between two checks, which wait for the device
-PREFILL_POSITIONS = 4096   # in one pass, so that its memory is bounded
 SHARE_AT_LEAST = 32        # positions; copying a shorter common prefix costs more than it saves
 
 

@@ -84,20 +84,17 @@ def claim_folder(options: TrainingOptions) -> Claim:
                     f"{folder} holds files that are no run of this script; give another "
                     f"--output-dir")
             return _claim(folder, None, options.resume)
-    free, taken = [], []
-    for folder in numbered(Path("runs") / f"{options.method}-seed{options.seed}"):
-        if (folder / "config.yaml").is_file():
-            taken.append(folder)
-        elif not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
-            free.append(folder)   # a start that was killed may leave it empty
-            if not folder.exists():
-                break
+    default = Path("runs") / f"{options.method}-seed{options.seed}"
+    taken = [folder for folder in itertools.takewhile(Path.exists, numbered(default))
+             if (folder / "config.yaml").is_file()]
     if options.resume and taken:
         with _usable(taken[-1]):
             return _claim(taken[-1], _saved_settings(taken[-1]))
-    for folder in itertools.chain(free, numbered(free[-1])):
+    for folder in numbered(default):
         with _usable(folder), contextlib.suppress(InUse):   # another start may have taken it
-            return _claim(folder, None, options.resume)
+            # A start that was killed may leave an empty folder.
+            if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+                return _claim(folder, None, options.resume)
     raise AssertionError("the names are endless")
 
 

@@ -244,6 +244,10 @@ def test_two_starts_at_once_take_two_folders(tmp_path, monkeypatch):
     assert [str(claim.folder) for claim in claims] == ["runs/icpo-seed0", "runs/icpo-seed0-2"]
     with pytest.raises(ValueError, match="another process is training there now"):
         claim_folder(TrainingOptions(output_dir="runs/icpo-seed0"))
+    (claims[0].folder / "config.yaml").write_text("steps: 3\n")
+    claims.append(claim_folder(options))
+    assert str(claims[-1].folder) == "runs/icpo-seed0-3"
+    (claims[0].folder / "config.yaml").unlink()
     for claim in reversed(claims):
         give_back(claim)
     assert not (tmp_path / "runs").exists()

@@ -117,9 +117,10 @@ def draw(results: list[dict], output: Path) -> None:
 
     A kind of answers is a group of bars, one for each data set.
     """
-    others = len(results[0]["changes"])   # The panels' widths leave room for the names of bars.
-    figure, axes = plt.subplots(1, 3, figsize=(3.2 + 2.2 * others, 4), layout="constrained",
-                                width_ratios=[2, others, others])
+    # The widths leave room for the names of the bars and for the titles.
+    others = len(results[0]["changes"])
+    figure, axes = plt.subplots(1, 3, figsize=(max(12, 3.2 + 2.2 * others), 4),
+                                layout="constrained", width_ratios=[2, others, others])
     names, width = [Path(result["data"]).stem for result in results], 0.8 / len(results)
     if len(set(names)) < len(names):
         names = [result["data"] for result in results]

@@ -293,6 +293,8 @@ def test_the_picture_of_a_comparison_has_bars_and_a_legend_that_covers_none(tmp_
     figure, names = drawn(monkeypatch, pilot, [result | {"data": "tiny"}, result | {"data": "b/c"}],
                           tmp_path / "out.png")
     assert names == ["tiny", "c"]
+    edge = figure.bbox.width   # titles are whole
+    assert all(axis.title.get_window_extent().x1 <= edge for axis in figure.axes)
     accuracy, distance, flips = figure.axes
     assert [text.get_text() for text in accuracy.get_xticklabels()] == ["0 shots", "1 shot"]
     assert [bar.get_height() for bar in accuracy.patches] == [0.4, 0.8] * 2

@@ -324,7 +324,7 @@ def train(run: Run) -> None:
                 say("saving")
                 runs.save_checkpoint(run.folder, run.model, run.optimizer, step + 1,
                                      o.keep_checkpoints)
-                if is_main():
+                if is_main() and not last:   # report.say_results draws the last time
                     draw([run.folder], run.folder / "curves.png")
             bar.update()
             if stopped and not last:

@@ -2,13 +2,11 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Script
 from processes import run as run_script
 
 import curves
@@ -139,7 +137,7 @@ def test_the_command_writes_the_table_and_samples(tmp_path, processes):
 
 
 def command(tmp_path, *arguments, check=False):
-    return run_script("eval.py", "--limit", 100, "--samples", 2, "--device", "cpu", *arguments,
+    return run_script("eval.py", "--limit", 40, "--samples", 2, "--device", "cpu", *arguments,
                       cwd=tmp_path, check=check)
 
 
@@ -149,7 +147,7 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
     whole = command(tmp_path, "--shots", 0, check=True).stdout
     text = (tmp_path / SAMPLES).read_text()
     lines = text.splitlines(keepends=True)
-    (tmp_path / SAMPLES).write_text("".join(lines[:151]) + lines[151][:20])
+    (tmp_path / SAMPLES).write_text("".join(lines[:51]) + lines[51][:20])
     again = command(tmp_path, "--shots", 0, check=True)
     assert (tmp_path / SAMPLES).read_text() == text and again.stdout == whole
     more = command(tmp_path, "--shots", 0, 1, check=True)   # only the new row is sampled
@@ -199,16 +197,13 @@ def test_a_custom_reward_never_gets_an_empty_list(tmp_path):
 
 
 def test_ctrl_c_keeps_the_samples(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--samples", "100",
-                                "--device", "cpu"],
-                               cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    script = Script("eval.py", "--samples", 100, "--device", "cpu", cwd=tmp_path)
     output = tmp_path / "evals" / "tiny.jsonl"
-    while not output.is_file() or not output.stat().st_size:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130 and "goes on from there" in said and "Traceback" not in said
+    script.wait_until(lambda: output.is_file() and output.stat().st_size)
+    script.signal(signal.SIGINT)
+    ended = script.finish()
+    assert ended.returncode == 130 and "goes on from there" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert output.stat().st_size   # the last line may be incomplete
 
 
@@ -264,7 +259,7 @@ def test_compare_shots_reports_the_change_per_setting(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / SAMPLES).read_text().splitlines()]
     plain, steered = ([row["score"] for row in rows
                        if (row["shots"], "again" in row) == (shots, False)] for shots in (0, 1))
-    difference = pytest.approx((sum(steered) - sum(plain)) / 100)
+    difference = pytest.approx((sum(steered) - sum(plain)) / 40)
     assert result["changes"]["1 shot"]["difference"] == difference
     assert list(result["changes"]) == ["0 shots again", "temperature 1.4", "1 shot"]
     refused = command(tmp_path, "--compare-shots", "--shots", 1, 2)

@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT
+from processes import Script
 from processes import run as run_script
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
@@ -294,17 +292,14 @@ def test_output_without_a_reader_is_dropped():
 
 def test_a_signal_in_the_first_evaluation_stops_there(tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--eval-samples", "200", "--device", "cpu",
-         "--output-dir", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (folder / "config.yaml").is_file():
-        assert process.poll() is None
-        time.sleep(0.1)
+    script = Script("train.py", "--eval-samples", 200, "--device", "cpu", "--output-dir", folder)
+    script.wait_until((folder / "config.yaml").is_file)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "SIGTERM: stopped before the first step; start with: torchrun train.py --resume" in said
+    script.signal(signal.SIGTERM)
+    ended = script.finish()
+    assert ended.returncode == 0
+    assert ("SIGTERM: stopped before the first step; start with: torchrun train.py --resume"
+            in ended.stderr)
     assert not (folder / "metrics.jsonl").read_text()
 
 

@@ -5,11 +5,11 @@ import math
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from golden import CLOCK
+from processes import Script
 from processes import run as run_script
 from safetensors.torch import load_file
 
@@ -31,8 +32,12 @@ from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
-SMALL = ["--batch-size", "4", "--n-on", "4", "--eval-problems", "16", "--steps", "4",
-         "--eval-every", "2", "--checkpoint-every", "2", "--kl-coef", "0.01", "--device", "cpu"]
+# The first 200 training problems of the embedded default: fewer prompts to make in each test.
+_FEW = tempfile.TemporaryDirectory()
+Path(_FEW.name, "few.jsonl").write_text("".join((TINY / "train.jsonl").open().readlines()[:200]))
+SMALL = ["--train-data", f"{_FEW.name}/few.jsonl", "--batch-size", "4", "--n-on", "4",
+         "--eval-problems", "16", "--steps", "4", "--eval-every", "2", "--checkpoint-every", "2",
+         "--kl-coef", "0.01", "--device", "cpu"]
 
 # With these a process has several micro-batches a step; no prompt is longer.
 MANY_PARTS = ["--max-prompt-length", "152", "--micro-batch-tokens", "200"]
@@ -153,10 +158,12 @@ def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, setting
     micro-batches."""
     if settings:
         whole_run = tmp_path / "one"
-        trainer.train(prepare(whole_run, *settings))
-    run_script("train.py", *SMALL, *settings, *layout, "--output-dir", tmp_path / "two",
-               "--slots", 7, processes=processes)
-    for one, two in zip(metrics_of(whole_run), metrics_of(tmp_path / "two"), strict=True):
+        trainer.train(prepare(whole_run, "--steps", 2, *settings))
+    run_script("train.py", *SMALL, "--steps", 2, *settings, *layout, "--output-dir",
+               tmp_path / "two", "--slots", 7, processes=processes)
+    rows = metrics_of(tmp_path / "two")
+    assert len(rows) == 2
+    for one, two in zip(metrics_of(whole_run), rows):
         assert one.keys() == two.keys()
         assert one.pop("logprob_gap") < 1e-4 and two.pop("logprob_gap") < 1e-4
         # These depend on which rows each process holds.
@@ -164,11 +171,13 @@ def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, setting
             assert 0 <= one.pop(name) <= 1 and 0 <= two.pop(name) <= 1
         assert one == pytest.approx(two, rel=2e-4, abs=1e-5)
     texts = [sorted((r["step"], r["off_policy"], r["response"], r["in_group"])
-                    for r in map(json.loads, file.open()))
+                    for r in map(json.loads, file.open()) if r["step"] <= 2)
              for file in (whole_run / "samples.jsonl", tmp_path / "two" / "samples.jsonl")]
     assert texts[0] == texts[1]
-    start = load_file(TINY / "model" / "model.safetensors")
-    one, two = weights_of(whole_run), weights_of(tmp_path / "two")
+    start, one, two = (
+        load_any_model(str(folder), torch.device("cpu"), torch.float32)[0].state_dict()
+        for folder in (TINY / "model", whole_run / "checkpoints" / "step-2",
+                       tmp_path / "two" / "checkpoints" / "step-2"))
     moved = sum((one[name] - start[name]).norm() ** 2 for name in start) ** 0.5
     apart = sum((one[name] - two[name]).norm() ** 2 for name in start) ** 0.5
     # Adam divides by the gradient's size, so rounding shows where gradients are near 0.
@@ -268,44 +277,34 @@ def test_a_run_without_checkpoints_begins_anew_and_keeps_its_metrics(whole_run, 
         assert kept == (whole_run / f"{name}.jsonl").read_text()
 
 
-def test_a_run_killed_in_the_middle_goes_on(tmp_path):
-    arguments = [*SMALL, "--steps", "12", "--output-dir", tmp_path / "killed"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoints" / "step-4").is_dir():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "final").exists()
-    trainer.train(trainer.prepare([*map(str, arguments), "--resume"]))
-    trainer.train(prepare(tmp_path / "whole", "--steps", "12"))
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+def test_a_run_killed_in_the_middle_goes_on(whole_run, tmp_path):
+    folder = tmp_path / "killed"
+    script = Script("train.py", *SMALL, "--checkpoint-every", 1, "--output-dir", folder)
+    script.wait_until((folder / "checkpoints" / "step-1").is_dir)
+    script.signal(signal.SIGKILL)
+    assert script.finish().returncode == -signal.SIGKILL
+    assert not (folder / "final").exists()
+    trainer.train(prepare(folder, "--checkpoint-every", "1", "--resume"))
+    assert metrics_of(folder) == metrics_of(whole_run)
     # The run keeps its last two checkpoints.
-    assert len(list((tmp_path / "killed" / "checkpoints").glob("step-*"))) == 2
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
 
 
 def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
     folder = tmp_path / "stopped"
     for number in (signal.SIGTERM, signal.SIGINT):
-        started = time.monotonic()
         steps = len(metrics_of(folder)) if folder.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *SMALL, "--resume", "--output-dir",
-             str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        script = Script("train.py", *SMALL, "--resume", "--output-dir", folder)
         file = folder / "metrics.jsonl"
-        while not file.is_file() or len(file.read_text().splitlines()) <= steps:
-            assert process.poll() is None and time.monotonic() < started + 120
-            time.sleep(0.002)
-        process.send_signal(number)
-        said, _ = process.communicate(timeout=120)
-        done = len(metrics_of(folder))
-        assert process.returncode == 0 and done > steps
+        script.wait_until(lambda file=file, steps=steps:
+                          file.is_file() and len(file.read_text().splitlines()) > steps)
+        script.signal(number)
+        ended, done = script.finish(), len(metrics_of(folder))
+        assert ended.returncode == 0 and done > steps
         assert list((folder / "checkpoints" / f"step-{done}").glob("*.safetensors"))
         if done < 4:
             assert (f"stopped after step {done} of 4; go on with: torchrun train.py --resume "
-                    f"--output-dir {folder}") in said
+                    f"--output-dir {folder}") in ended.stdout
     trainer.train(prepare(folder, "--resume"))
     assert metrics_of(folder) == metrics_of(whole_run)
     assert all(torch.equal(weights_of(folder)[name], tensor)
@@ -317,11 +316,11 @@ def test_a_killed_worker_restarts_or_ends_the_run(tmp_path, restarts):
     """torchrun starts the processes again and they resume the run; without restarts it ends all of
     them soon."""
     folder = tmp_path / "run"
-    command = torchrun("--max-restarts", restarts, ROOT / "train.py", *SMALL, "--steps", "6",
-                       "--output-dir", folder, processes=2)
+    command = torchrun("--max-restarts", restarts, ROOT / "train.py", *SMALL, "--eval-every", "0",
+                       "--checkpoint-every", "1", "--output-dir", folder, processes=2)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-2").is_dir():
+    while not (folder / "checkpoints" / "step-1").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     worker = psutil.Process(process.pid).children()[-1]
@@ -329,24 +328,33 @@ def test_a_killed_worker_restarts_or_ends_the_run(tmp_path, restarts):
     said, _ = process.communicate(timeout=60)
     if restarts:
         assert process.returncode == 0, said
-        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4, 5, 6]
+        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4]
         assert (folder / "final").is_dir()
     else:
         assert process.returncode == 1 and "exitcode  : -9" in said
 
 
+LIMITED = '''
+import resource, sys
+sys.path[:0] = [{root!r}]
+import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+train.main()
+'''
+
+
 def test_a_full_disk_ends_the_run_with_a_message(tmp_path):
     """A limit on the size of files takes the place of a full disk: the checkpoint exceeds it."""
-    arguments = [*SMALL, "--eval-every", "0", "--output-dir", str(tmp_path / "run")]
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    (tmp_path / "limited.py").write_text(LIMITED.format(root=str(ROOT)))
+    settings = ["--steps", "2", "--eval-every", "0"]
+    run = run_script("limited.py", *SMALL, *settings, "--output-dir", tmp_path / "run",
+                     check=False, root=tmp_path)
     assert run.returncode == 1
     assert f"error: {tmp_path / 'run'} could not be written" in run.stderr
     assert "--resume --output-dir" in run.stderr and "Traceback" not in run.stderr
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-    trainer.train(prepare(tmp_path / "run", "--eval-every", "0", "--resume"))
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4]
+    trainer.train(prepare(tmp_path / "run", *settings, "--resume"))
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]
 
 
 def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
@@ -410,10 +418,11 @@ def test_bfloat16_moments_train_alike_and_resume(tmp_path):
         exact["exp_avg_sq"].mean().item(), rel=0.01)
     assert (weights[0] - weights[1]).norm() < 0.02 * (weights[0] - 1).norm()
 
-    for name in ("whole", "resumed"):
-        trainer.train(prepare(tmp_path / name, "--optimizer-state", "bfloat16"))
+    settings = ["--optimizer-state", "bfloat16", "--eval-every", "0"]
+    trainer.train(prepare(tmp_path / "whole", *settings))
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
-    trainer.train(prepare(tmp_path / "resumed", "--resume"))
+    trainer.train(prepare(tmp_path / "resumed", *settings, "--resume"))
     assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
     assert all(torch.equal(weights_of(tmp_path / "resumed")[name], tensor)
                for name, tensor in weights_of(tmp_path / "whole").items())
@@ -479,7 +488,8 @@ def test_rounding_at_random_keeps_the_mean():
 def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
     """FSDP's mixed precision needs a process group even in a single process, which makes one after
     it has read the settings of the run."""
-    run_script("train.py", *SMALL, "--dtype", "bfloat16", "--output-dir", tmp_path / "whole")
+    run_script("train.py", *SMALL, "--eval-every", "0", "--dtype", "bfloat16", "--output-dir",
+               tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-4")
     run_script("train.py", "--resume", "--output-dir", tmp_path / "resumed", "--device", "cpu")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 10 ** 9        # bytes of a card that CUDA, its libraries and NCCL take
 FILL = 0.85              # share of the free memory that is used, because blocks leave gaps
-LOGITS_CHUNK = 1024      # positions whose logits exist at the same time, as in model_utils.py
+LOGITS_CHUNK = 1024      # positions whose logits exist at the same time
 PREFILL_POSITIONS = 4096   # that are prefilled in one pass, so that its memory is bounded
 
 

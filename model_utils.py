@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from distributed import barrier, full_tensor, is_main, own_rows, sharded_like
 from files import brief, naming, read_object
+from memory import LOGITS_CHUNK
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -186,11 +187,6 @@ class KVCache:
                 beyond = torch.arange(length, device=shares.device) >= shares[:, None]
                 part.masked_fill_(beyond[:, None, :, None], 0.0)
             cached[targets, :, :length] = part
-
-    @staticmethod
-    def bytes_per_slot(config: ModelConfig, size: int, dtype: torch.dtype) -> int:
-        return (2 * config.num_layers * config.num_kv_heads * size * config.head_dim
-                * dtype.itemsize)
 
 
 class CachedLayer(NamedTuple):
@@ -350,7 +346,7 @@ class Transformer(nn.Module):
         return _logits(hidden, self.head)
 
     def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None,
-                chunk_size: int = 1024):
+                chunk_size: int = LOGITS_CHUNK):
         """All uses with gradient go through `forward`, so that FSDP's hooks run in each.
 
         - forward(tokens): [B, T] int64 -> logits [B, T, V], see `logits`.
@@ -484,7 +480,7 @@ def to_rows(mask, *flat):
 
 
 def token_logprobs(model: Transformer, tokens: torch.Tensor, temperature: float = 1.0,
-                   mask: torch.Tensor | None = None, chunk_size: int = 1024,
+                   mask: torch.Tensor | None = None, chunk_size: int = LOGITS_CHUNK,
                    return_entropy: bool = False) -> Any:
     """log π(token_{t+1} | tokens_{≤t}) for t = 0 … T-2, with gradient, never holding [B, T, V].
 
@@ -543,7 +539,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]],
 
 
 def response_logprobs(model: Transformer, packing: Packing, temperature: float = 1.0,
-                      chunk_size: int = 1024):
+                      chunk_size: int = LOGITS_CHUNK):
     """log π(response token | prompt, response before it), with gradient, and the entropies.
 
     The entropies are those of the same distributions (nats, detached). Both are [B, R] float32, 0

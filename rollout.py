@@ -227,7 +227,7 @@ class Sampler:
             self.step = torch.compile(self._step, dynamic=True)
         self.work = Work()
         self.graphs, self.model, self.keeps = {}, lambda: None, keep and self.stream is not None
-        needed = slots * KVCache.bytes_per_slot(config, max_length, dtype)
+        needed = slots * bytes_per_slot(config, max_length, dtype)
         free = free_memory(self.device)
         if needed > free:
             raise ValueError(f"a cache of {slots} slots of {max_length} positions takes "

@@ -496,8 +496,9 @@ def test_an_interrupted_rollout_leaves_nothing_allocated(model):
 
 
 def test_a_cache_that_does_not_fit_is_an_error(model, monkeypatch):
-    # The factors are: keys and values, layers, heads, positions, head size, bytes of a number.
-    per_slot = 2 * 2 * 2 * 64 * 16 * 4
+    # Keys and values: 2 layers, 2 heads, 64 positions, head size 16, 4 bytes a number. The rest is
+    # what sampling needs, see memory.bytes_per_slot.
+    per_slot = 2 * 2 * 2 * 64 * 16 * 4 + 64 * (8 + 4 + 8) + model.config.vocab_size * 5 * 4
     monkeypatch.setattr(rollout, "free_memory", lambda device: 10 * per_slot)
     Sampler(model.config, 10, 64, "cpu", torch.float32)
     with pytest.raises(ValueError, match="11 slots of 64 positions takes 0.00 GB, "

@@ -40,20 +40,27 @@ def read_metrics(run: Path) -> list[dict]:
 def series(metrics: list[dict], name: str) -> dict[int, float]:
     """Step -> value, where the step has one. Step 0 is the held-out accuracy before the first."""
     values = {row["step"]: row[name] for row in metrics if row.get(name) is not None}
-    if name == "eval_accuracy" and metrics and metrics[0].get("eval_accuracy_before") is not None:
-        values = {metrics[0]["step"] - 1: metrics[0]["eval_accuracy_before"]} | values
+    before = name.replace("eval_accuracy", "eval_accuracy_before")
+    if before != name and metrics and metrics[0].get(before) is not None:
+        values = {metrics[0]["step"] - 1: metrics[0][before]} | values
     return values
 
 
 def draw(runs: list[Path], output: Path) -> None:
-    """Writes a PNG with a panel for each of PANELS. Raises ValueError for what is not a run."""
+    """Writes a PNG with a panel for each of PANELS, and for each of several held-out data sets.
+
+    Raises ValueError for what is not a run.
+    """
     methods: dict[str, list[list[dict]]] = {}
     for run in map(Path, runs):
         metrics = read_metrics(run)
         config = run / "config.yaml"
         settings = read_settings(config) if config.is_file() else {}
         methods.setdefault(LABELS.get(settings.get("method", ""), run.name), []).append(metrics)
-    draw_groups(methods, PANELS, Path(output))
+    names = dict.fromkeys(name for group in methods.values() for metrics in group for row in metrics
+                          for name in row if name.startswith("eval_accuracy/"))
+    sets = [(name, f"Held-out accuracy, {name.partition('/')[2]}", "share right") for name in names]
+    draw_groups(methods, PANELS + sets, Path(output))
 
 
 def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]],
@@ -63,7 +70,8 @@ def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str
     A group of runs is one line, their mean, in a band from the lowest to the highest. The legend
     stands below the panels, where it covers no line.
     """
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(12, 0.5 + 3 * rows), layout="constrained")
     for axis, (name, title, unit) in zip(axes.flat, panels):
         for style, colour, (label, group) in zip(STYLES * len(groups), COLOURS * len(groups),
                                                  groups.items(), strict=False):

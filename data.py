@@ -1,18 +1,20 @@
 """Problems, demonstrations, and the two prompts: the plain question q and the demo-prefixed [D; q].
 
-A data file is JSONL, one object a line: `problem`, `answer` (text, a number, or a list of either);
-`solution` in demonstrations; `expert_response` for LUFFY; `id` is optional.
+A row of a data set has `problem`, `answer` (text, a number, or a list of either); `solution` in
+demonstrations; `expert_response` for LUFFY; `id` is optional. rowforms.py lists other forms.
 """
 
 import functools
 import itertools
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from datafiles import read_rows
+from datafiles import Reading, read_rows
 from options import INSTRUCTION
 from verify import run_bounded
 
@@ -29,10 +31,10 @@ class Problem:
     other_answers: tuple[str, ...] = ()   # each is right, too
 
 
-def load_problems(path: str | Path, needs: tuple[str, ...] = (),
-                  answer_lists: str = "any") -> list[Problem]:
-    """The problems of a data file; arguments and errors: see read_rows."""
-    return [Problem(**row) for row in read_rows(Path(path), needs, answer_lists)]
+def load_problems(source: str | Path, needs: tuple[str, ...] = (),
+                  **how: Any) -> list[Problem]:
+    """The problems of a data set. needs and errors: see read_rows; how: fields of its Reading."""
+    return [Problem(**row) for row in read_rows(str(source), needs, Reading(**how))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -44,14 +46,18 @@ class PromptBuilder:
 
     instruction: text that ends every question. chat_template: put the tokenizer's template around
     the plain question. demo_chat_template: put it around [D; q] too, all of it in one user turn.
-    vocab_size: that of the model. Raises ValueError for a template that is missing, fails, does not
-    end or leaves out the question, and for a token id beyond the vocabulary.
+    vocab_size: that of the model. system: text of a system turn where the template is; empty is no
+    such turn. template_args: further arguments of the template. Raises ValueError for a template
+    that is missing, fails, does not end or leaves out the question, and for a token id beyond the
+    vocabulary.
     """
     tokenizer: Any
     instruction: str = INSTRUCTION
     chat_template: bool = True
     demo_chat_template: bool = True
     vocab_size: int | None = None
+    system: str = ""
+    template_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.chat_template and not self.demo_chat_template:
@@ -80,8 +86,15 @@ class PromptBuilder:
         return self._encode(DEMO_SEPARATOR.join(parts), self.demo_chat_template)
 
     def expert_response(self, problem: Problem) -> list[int]:
-        """The response that LUFFY reads from the data, ended as a sampled one ends."""
-        tokens = self.tokenizer.encode(problem.expert_response, add_special_tokens=False)
+        """The response that LUFFY reads from the data, ended as a sampled one ends.
+
+        Where the prompt ends in <think>, the response does not begin with it again.
+        """
+        text, prompt = problem.expert_response or "", self.tokenizer.decode(self.plain(problem))
+        if prompt.rstrip().endswith("<think>") and text.startswith("<think>"):
+            text = text.removeprefix("<think>")
+            text = text.removeprefix("\n") if prompt.endswith("\n") else text
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return self._known(tokens + [self.tokenizer.eos_token_id])
 
     def response_text(self, tokens: list[int], stop_ids: Sequence[int]) -> str:
@@ -117,8 +130,16 @@ class PromptBuilder:
 
     def _in_turn(self, text: str) -> str:
         """The text as a user's turn of the chat template."""
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
-                                                  tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        return self.tokenizer.apply_chat_template(
+            [*turns, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+            **self.template_args)
+
+    def depends_on_date(self) -> bool:
+        """Whether the template writes today's date, so that prompts change from day to day."""
+        forms = re.findall(r"strftime_now\(\s*['\"](.+?)['\"]", str(self.tokenizer.chat_template))
+        return self.chat_template and any(
+            datetime.now().strftime(form) in self._in_turn("1+1") for form in forms)
 
 
 class Demonstrations:

@@ -1,15 +1,200 @@
-"""Reads data files, and says of a bad one what is wrong and where."""
+"""Reads data sets: files, folders and data sets of the Hugging Face hub, also by a short name.
+
+    read_rows("train.jsonl"), read_rows("gsm8k"), read_rows("openai/gsm8k:main:test")
+
+Of a bad row it says what is wrong and where. rowforms.py turns a row into a problem.
+"""
 
 import codecs
+import csv
+import difflib
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from files import brief
+from rowforms import to_fields
+
+
+class Known(NamedTuple):
+    """A data set of the hub that has a short name. samples: the k of avg@k in eval.py."""
+    hub: str
+    splits: tuple[str, ...]   # the one for training first
+    samples: int = 1
+
+
+KNOWN = {
+    "openr1-46k": Known("Elliott/Openr1-Math-46k-8192", ("train",)),
+    "math": Known("DigitalLearningGmbH/MATH-lighteval", ("train", "test")),
+    "gsm8k": Known("openai/gsm8k:main", ("train", "test")),
+    "math500": Known("HuggingFaceH4/MATH-500", ("test",)),
+    "aime24": Known("HuggingFaceH4/aime_2024", ("train",), 32),
+    "aime25": Known("math-ai/aime25", ("test",), 32),
+    "amc23": Known("math-ai/amc23", ("test",), 32),
+    "minerva": Known("math-ai/minervamath", ("test",)),
+    "olympiad": Known("Hothan/OlympiadBench:OE_TO_maths_en_COMP", ("train",)),
+    "arc-c": Known("allenai/ai2_arc:ARC-Challenge", ("test",)),
+    "gpqa": Known("Idavidrein/gpqa:gpqa_diamond", ("train",)),
+    "mmlu-pro": Known("TIGER-Lab/MMLU-Pro", ("test",)),
+}
+SOURCES = (f"JSONL, JSON, CSV or Parquet file, a folder, org/name:config:split of the Hugging Face "
+           f"hub, or one of {', '.join(KNOWN)}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become problems.
+
+    answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
+    columns: field -> column, with dots into a row, for data sets without a short name. split: the
+    one to take of several. answer_format, seed: see rowforms.to_fields.
+    """
+    answer_lists: str = "any"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str = "train"
+    answer_format: str = "boxed"
+    seed: int = 0
+
+
+def read_rows(source: str, needs: Sequence[str] = (),
+              how: Reading = Reading()) -> list[dict[str, Any]]:
+    """The fields of the problems of a data set. needs: optional ones that every row must have.
+
+    An answer or id may be a number, and stays as it is written; the default id is the name of the
+    data set and the number of the row, and that number is added to an id that an earlier row has.
+    Raises ValueError for a data set that is missing, empty or cannot be read, and one that names
+    the row for a row that lacks a field or has an empty field or one of the wrong type.
+    """
+    rows, ids = [], set()
+    columns = {} if source in KNOWN else how.columns
+    for number, where, row in _raw_rows(source, how.split):
+        try:
+            fields = to_fields(row, how.answer_format, how.seed)
+            fields |= {name: _column(row, path) for name, path in columns.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        given = [name for name, value in fields.items() if value is not None]
+        found: dict[str, Any] = {"id": f"{name_of(source)}-{number}"}
+        for name in dict.fromkeys(("problem", "answer", *needs, *given)):
+            value = fields.get(name)
+            several = name == "answer" and isinstance(value, list)
+            values = (value if several else [value]) or [""]
+            texts = [_text(each, name, where, row) for each in values]
+            if how.answer_lists == "all":
+                texts = ["; ".join(texts)]
+            found[name] = texts[0]
+            if len(texts) > 1:
+                found["other_answers"] = tuple(texts[1:])
+        while found["id"] in ids:   # eval.py finds the answers to a problem by its id
+            found["id"] += f"-{number}"
+        ids.add(found["id"])
+        rows.append(found)
+    if not rows:
+        raise ValueError(f"{source} holds no problems")
+    return rows
+
+
+def name_of(source: str) -> str:
+    """A short name for what a data set is called in tables and ids."""
+    return source if source in KNOWN else Path(source.split(":")[0]).stem
+
+
+def content_hash(source: str, split: str) -> str:
+    """A hash that changes if the rows of the data set do."""
+    if Path(source).is_file():
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    text = json.dumps([row for *_, row in _raw_rows(source, split)], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Where rows come from
+
+def _raw_rows(source: str, split: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Yields (number from 1 on, what an error says of it, row). Errors: see read_rows."""
+    path = Path(source)
+    if not path.is_file():
+        rows = _of_datasets(source, split)
+        yield from ((n, f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        separator = "," if path.suffix.lower() == ".csv" else "\t"
+        with path.open(newline="", encoding="utf-8-sig") as text:
+            try:
+                for n, row in enumerate(csv.DictReader(text, delimiter=separator), start=1):
+                    yield n, f"{path}, row {n}", {str(name): row[name] or None for name in row}
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is no table of UTF-8 text ({error})") from None
+    else:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if data.startswith(b"PAR1"):
+            rows = _of_datasets(source, split)
+            yield from ((n, f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
+        elif data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4")):
+            raise ValueError(f"{path} is compressed; decompress it first")
+        elif data.lstrip().startswith(b"["):
+            found = _parse(data, str(path))
+            yield from ((n, f"{path}, item {n}", _object(row, f"{path}, item {n}"))
+                        for n, row in enumerate(found, start=1))
+        else:
+            for n, line in enumerate(data.splitlines(), start=1):
+                if line.strip():
+                    where = f"{path}, line {n}"
+                    yield n, where, _object(_parse(line, where), where)
+
+
+def _of_datasets(source: str, preferred: str) -> Any:
+    """The rows of a Parquet file, a folder or a data set of the hub, by the library datasets."""
+    name, _, rest = source.partition(":")
+    known = KNOWN.get(name)
+    path, _, of_hub = (known.hub if known else name).partition(":")
+    config, _, split = (of_hub + ":" + rest if known else rest).partition(":")
+    folder = Path(path).is_dir()
+    hub = known or (path.count("/") == 1 and not path.startswith((".", "/", "~"))
+                    and not Path(path).suffix)
+    if not (folder or hub or Path(path).is_file()):
+        close = difflib.get_close_matches(name, KNOWN, 1)
+        raise ValueError(f"no data file at {source}" + (
+            f"; did you mean {close[0]}?" if close else f": a {SOURCES} was expected"))
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"the library datasets reads {source}: pip install datasets") from None
+    datasets.disable_progress_bars()
+    try:
+        if Path(path).is_file():
+            return datasets.load_dataset("parquet", data_files=path, split="train")
+        if folder and any((Path(path) / each).is_file()
+                          for each in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            if isinstance(saved, datasets.Dataset):
+                return saved
+            return saved[split or config or _choose(list(map(str, saved)), preferred)]
+        if not split:
+            found = known.splits if known else map(str, datasets.get_dataset_split_names(
+                path, config or None))
+            split = _choose(list(found), preferred)
+        return datasets.load_dataset(path, config or None, split=split)
+    except Exception as error:
+        where = "" if folder or Path(path).is_file() else (
+            f" is {path} of the Hugging Face hub and" if known else " of the Hugging Face hub")
+        raise ValueError(f"{source}{where} could not be read: {brief(error)}") from None
+
+
+def _choose(splits: list[str], preferred: str) -> str:
+    if preferred in splits or len(splits) == 1:
+        return preferred if preferred in splits else splits[0]
+    raise ValueError(f"it has the splits {', '.join(splits)}: add one, as in org/name::{splits[0]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
 
 class _Number(str):
-    """A number of a data file as it is written there."""
+    """A number of a JSON file as it is written there."""
 
 
 def _no_number(text: str) -> NoReturn:
@@ -22,79 +207,48 @@ def _finite(text: str) -> _Number:
     return _Number(text)
 
 
-def read_rows(path: Path, needs: Sequence[str], answer_lists: str) -> list[dict[str, Any]]:
-    """The fields of the problems in a JSONL file. `needs`: optional ones that every line must have.
-
-    answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
-    An answer or id may be a number, and stays as it is written; the default id is the file's name
-    and the line, and the line is added to an id that an earlier one has. Raises ValueError for a
-    missing or empty file, and one that names file and line for a line that is no JSON object in
-    UTF-8, lacks a field or has an empty field or one of the wrong type.
-    """
-    rows, ids = [], set()
-    for number, line in enumerate(_read_jsonl(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line.decode("utf-8"), parse_float=_finite, parse_int=_Number,
-                             parse_constant=_no_number)
-        except ValueError as error:   # JSON that does not parse, or bytes that are not UTF-8
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON object was expected, not {type(row).__name__}")
-        fields: dict[str, Any] = {}
-        for name in ("problem", "answer", "solution", "expert_response", "id"):
-            value = row.get(name)
-            if value is None and name not in ("problem", "answer", *needs):
-                continue
-            several = name == "answer" and isinstance(value, list)
-            texts = [_text(each, name, where) for each in (value if several else [value]) or [""]]
-            if answer_lists == "all":
-                texts = ["; ".join(texts)]
-            fields[name] = texts[0]
-            if len(texts) > 1:
-                fields["other_answers"] = tuple(texts[1:])
-        fields.setdefault("id", f"{path.stem}-{number}")
-        while fields["id"] in ids:   # eval.py finds the answers to a problem by its id
-            fields["id"] += f"-{number}"
-        ids.add(fields["id"])
-        rows.append(fields)
-    if not rows:
-        raise ValueError(f"{path} holds no problems")
-    return rows
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), parse_float=_finite, parse_int=_Number,
+                          parse_constant=_no_number)
+    except ValueError as error:   # JSON that does not parse, or bytes that are not UTF-8
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
-def _read_jsonl(path: Path) -> list[bytes]:
-    """The lines of a file. Raises ValueError for what is no JSONL, and says how to make it."""
-    kind, data = f"no data file at {path}", b""
-    if path.is_file():
-        kind, data = "", path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        if data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4")):
-            kind = f"{path} is compressed"
-        elif data.startswith(b"PAR1"):
-            kind = f"{path} is a Parquet file"
-        elif data.lstrip().startswith(b"["):
-            kind = f"{path} is a JSON array"
-        elif path.suffix.lower() in (".csv", ".tsv"):
-            kind = f"{path} is a table"
-    elif path.is_dir():
-        kind = f"{path} is a folder"
-    if kind:
-        raise ValueError(f"{kind}; a JSONL file was expected, with one JSON object a line. The "
-                         f"library datasets reads other files and the hub, and writes JSONL: "
-                         f"load_dataset(...)['train'].to_json('data.jsonl')")
-    return data.splitlines()
+def _object(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+    return row
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def _column(row: Any, path: str) -> Any:
+    """The value of a column; dots lead into what it holds, and a number into a list."""
+    for name in path.split("."):
+        if isinstance(row, list) and name.isdecimal() and int(name) < len(row):
+            row = row[int(name)]
+        elif isinstance(row, Mapping) and name in row:
+            row = row[name]
+        else:
+            there = f"; it has {', '.join(row)}" if isinstance(row, Mapping) else ""
+            raise ValueError(f"there is no column {path!r}, which --columns names{there}")
+    return row
+
+
+def _text(value: Any, name: str, where: str, row: Mapping[str, Any]) -> str:
     """The value of a field. Raises ValueError for what is no text, or empty."""
-    if isinstance(value, _Number) and name in ("answer", "id"):
-        return str(value)
+    if name in ("answer", "id"):
+        if isinstance(value, _Number):
+            return str(value)
+        if type(value) is int or type(value) is float and value.is_integer():   # of Parquet
+            return str(int(value))
+        if type(value) is float and math.isfinite(value):
+            return repr(value)
     if not isinstance(value, str) or isinstance(value, _Number) or (
             name != "id" and not value.strip()):
+        missing = (f"and is missing; the row has {', '.join(map(str, row)) or 'nothing'}, and "
+                   f"--columns {name}=NAME says which of them it is")
         raise ValueError(f"{where}: field {name!r} must be text that is not empty, "
-                         + ("and is missing" if value is None else f"not {value!r}"))
+                         + (missing if value is None else f"not {value!r}"))
     try:
         value.encode()
     except UnicodeEncodeError as error:

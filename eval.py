@@ -24,7 +24,7 @@ from data import Demonstrations, Problem, PromptBuilder
 from distributed import gather_objects, is_main, my_share, on_main, world_size
 from files import append_lines, read_object, write_object
 from model_utils import Transformer
-from options import EvaluationOptions, OptionParser, end_with_mistake
+from options import PAPER, EvaluationOptions, OptionParser, end_with_mistake, samples_of
 from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import count_votes, extract_answer, make_scorer
@@ -160,7 +160,7 @@ def make_sampler(o: EvaluationOptions, model: Transformer, builder: PromptBuilde
     """Slots for the largest case and the longest prompt of all cases."""
     longest = max(len(make_prompt(i, problem, builder, case.demonstrations, seed_of(o, case)))
                   for case in cases for i, problem in enumerate(case.problems))
-    most = -(-max(len(case.problems) for case in cases) // world_size()) * o.samples
+    most = max(-(-len(case.problems) // world_size()) * case.samples for case in cases)
     length = longest + o.max_new_tokens
     slots = o.slots or choose_slots(model.config, most, length, model.device, model.dtype)
     return Sampler(model.config, min(slots, most), length, model.device, model.dtype)
@@ -184,7 +184,7 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
         if is_main() or Path(o.output).is_file():   # a node may not see the folder of the first
             append_lines(Path(o.output), [label | record for record in new])
 
-    with tqdm(total=len(case.problems) * o.samples, initial=len(records), desc=title,
+    with tqdm(total=len(case.problems) * case.samples, initial=len(records), desc=title,
               unit="answer", disable=not is_main(), leave=False) as bar:
         def say(ended: int, speed: str) -> None:
             bar.update(world_size() * ended)
@@ -192,24 +192,33 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
 
         new = evaluate(
             model, builder, [case.problems[i] for i in left], case.demonstrations, numbers=left,
-            samples=o.samples, max_new_tokens=o.max_new_tokens, temperature=case.temperature,
+            samples=case.samples, max_new_tokens=o.max_new_tokens, temperature=case.temperature,
             top_p=o.top_p, top_k=o.top_k, seed=seed_of(o, case), sampler=sampler, scorer=scorer,
             progress=follow_tokens(say), keep=keep)
     return sorted(records + [label | record for record in new], key=lambda r: place[r["id"]])
 
 
 def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
-    print(f"{o.model}, {o.samples} sample{'s' * (o.samples > 1)} a problem")
+    numbers = sorted({samples_of(o, row["data"]) for row in rows})
+    # Data sets with different numbers of samples have a column for them.
+    number = numbers[0] if len(numbers) == 1 else "k"
+    print(f"{o.model}, {' or '.join(map(str, numbers))} sample{'s' * (numbers != [1])} a problem")
     width = max(len(row["data"]) for row in rows) + 1
     print(f"{'data':<{width}}{'shots':>5}{'temperature':>13}{'problems':>10}"
-          f"{f'avg@{o.samples}':>9}{'95 % interval':>17}"
+          + f"{'k':>4}" * (number == "k") + f"{f'avg@{number}':>9}{'95 % interval':>17}"
           + "".join(f"{f'pass@{k}':>9}" for k in o.k)
-          + f"{f'maj@{o.samples}':>9}{'tokens':>9}{'truncated':>11}")
+          + f"{f'maj@{number}':>9}{'tokens':>9}{'truncated':>11}")
     for r in rows:
         print(f"{r['data']:<{width}}{r['shots']:>5}{r['temperature']:>13g}{r['problems']:>10}"
-              f"{r['accuracy']:>9.1%}" + f"{r['low']:.1%} to {r['high']:.1%}".rjust(17)
-              + "".join(f"{r[f'pass@{k}']:>9.1%}" for k in o.k)
+              + f"{samples_of(o, r['data']):>4}" * (number == "k") + f"{r['accuracy']:>9.1%}"
+              + f"{r['low']:.1%} to {r['high']:.1%}".rjust(17)
+              + "".join(f"{r[f'pass@{k}']:>9.1%}" if f"pass@{k}" in r else " " * 9 for k in o.k)
               + f"{r['majority']:>9.1%}{r['tokens']:>9.1f}{r['truncated']:>11.1%}")
+    for shots in o.shots if o.suite else ():   # as the paper prints them: each set counts alike
+        for kind, names in PAPER.items():
+            average = fmean(r["accuracy"] for r in rows
+                            if r["data"] in names and r["shots"] == shots)
+            print(f"average {kind}, {shots} shot{'s' * (shots != 1)}: {average:.1%}")
     if any(row["truncated"] > 0.5 for row in rows):
         print(f"warning: most answers of some rows were cut off at --max-new-tokens "
               f"{o.max_new_tokens}, before a final answer; raise it", file=sys.stderr)
@@ -230,8 +239,9 @@ def main() -> None:
                                           found.get(case.key, []), sampler)
             on_main(lambda: write_samples(output, found))   # in order
             rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
-                        | on_main(lambda records=found[case.key]: summarise(
-                            records, o.samples, o.k, o.answer_format, o.verify_timeout)))
+                        | on_main(lambda case=case, records=found[case.key]: summarise(
+                            records, case.samples, [k for k in o.k if k <= case.samples],
+                            o.answer_format, o.verify_timeout)))
     except ValueError as error:
         end_with_mistake("eval.py", error)
     except (RewardError, OSError) as error:

@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import yaml
 
+from datafiles import KNOWN, SOURCES
+
 TINY = Path(__file__).resolve().parent / "tiny"
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 GROUPS = ("Model and data", "Method (parts without a default are set by --method)", "Objective",
@@ -186,21 +188,48 @@ def settings_that_stay(options) -> dict[str, Any]:
 
 def absolute(path: str) -> str:
     """The path from the root where it names what is there, else as it is: a hub name, or tiny."""
-    there = path and path != "tiny" and Path(path).exists()
-    return str(Path(path).absolute()) if there else path
+    name, colon, rest = path.partition(":")
+    there = name and name not in ("tiny", *KNOWN) and Path(name).exists()
+    return str(Path(name).absolute()) + colon + rest if there else path
 
 
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run as they hold in any folder."""
-    paths = {name: absolute(settings[name])
-             for name in ("model", "train_data", "test_data", "demonstrations") if name in settings}
+    paths: dict[str, Any] = {
+        name: absolute(settings[name])
+        for name in ("model", "train_data", "demonstrations") if name in settings}
+    test_data = settings.get("test_data", [])   # a run of an earlier version has a single one
+    paths["test_data"] = list(map(absolute, [test_data] if isinstance(test_data, str)
+                                  else test_data))
     file, colon, function = settings.get("reward", "").rpartition(":")
     return settings | paths | ({"reward": absolute(file) + colon + function} if colon else {})
 
 
-def embedded(path: str, file: str) -> Path | str:
+def embedded(path: str, file: str) -> str:
     """`path`, or a file of the embedded default where `path` is the word tiny."""
-    return TINY / file if path == "tiny" else path
+    return str(TINY / file) if path == "tiny" else path
+
+
+def pairs(text: str, name: str) -> dict[str, str]:
+    """Reads "a=b,c=d", the value of an option of this name. Raises ValueError for another form."""
+    found = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        key, _, value = part.partition("=")
+        found[key] = value
+    require(all(found) and all(found.values()),
+            f"{flag(name)} {text!r} is not of the form NAME=VALUE,NAME=VALUE")
+    return found
+
+
+def template_arguments(text: str) -> dict[str, Any]:
+    """Reads --template-args; a value that is JSON, as false and 3 are, is no text."""
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return {name: value(each) for name, each in pairs(text, "template_args").items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,10 +245,15 @@ class SharedOptions:
 
     model: str = _data("tiny", "Hugging Face folder, hub name, run of train.py, one of its "
                        "checkpoints, or tiny (the embedded default)")
-    demonstrations: str = _data("tiny", "JSONL file of worked problems to draw from, or tiny")
+    demonstrations: str = _data("tiny", "worked problems to draw from: a data set, or tiny")
+    columns: str = _data("", "columns of data sets without a short name, if they are others than "
+                         "known forms have: problem=question,answer=final.text")
     answer_lists: Literal["any", "all"] = _data(
         "any", "of an answer that is a list, any is right, or only all of them together")
     instruction: str = _data(INSTRUCTION, "text that ends every question")
+    system: str = _data("", "text of a system turn before every prompt that has the template")
+    template_args: str = _data(
+        "", "arguments of the chat template: enable_thinking=false,NAME=VALUE")
     chat_template: bool = _data(True, "put the tokenizer's chat template around the plain question")
     demo_chat_template: bool = _data(
         True, "put it around demonstrations and question too (release: false)")
@@ -254,8 +288,8 @@ class SharedOptions:
 class TrainingOptions(SharedOptions):
     """Options of train.py. A choice between the paper and its release defaults to the paper's."""
 
-    train_data: str = _data("tiny", "JSONL file of problems to train on, or tiny")
-    test_data: str = _data("tiny", "JSONL file of held-out problems, or tiny")
+    train_data: str = _data("tiny", f"problems to train on: {SOURCES}, or tiny")
+    test_data: list[str] = _data(["tiny"], "held-out problems: one data set or several, or tiny")
 
     method: Literal["grpo", "luffy", "icpo", "icpo-rs"] = _method(
         "icpo", "preset of the parts below")
@@ -366,12 +400,19 @@ class EvaluationOptions(SharedOptions):
 
     max_prompt_length: Count = _data(
         4096, "longest prompt in tokens; problems beyond it are left out and counted")
-    temperature: NotNegative = _sample(1.0, "sampling temperature; 0 is greedy", free=True)
+    temperature: NotNegative | None = _sample(
+        None, "sampling temperature; 0 is greedy (default: 1)", free=True)
     data: list[str] = _data(
-        ["tiny"], "JSONL files of problems, or tiny (the embedded held-out ones)", free=True)
+        ["tiny"], f"problems: {SOURCES}, or tiny (the embedded held-out ones); several are rows of "
+        "the table", free=True)
     shots: list[Natural] = _eval(
-        [0, 1], "numbers of demonstrations in the context; each is a row of the table", free=True)
-    samples: Count = _eval(1, "answers sampled for each problem (the k of avg@k and maj@k)")
+        [], "numbers of demonstrations in the context; each is a row of the table (default: 0 1)",
+        free=True)
+    suite: Literal["", "paper"] = _eval(
+        "", "paper: the data sets, numbers of samples and averages of the paper's table, which it "
+        "prints; sets --data, and unless given --shots 0 and --temperature 0.6", free=True)
+    samples: Natural = _eval(0, "answers sampled for each problem (the k of avg@k and maj@k); 0 is "
+                             "32 of aime24, aime25 and amc23, and 1 of other data")
     k: list[int] = _eval([], "the k of pass@k, at most --samples; an answer that scores above 0 "
                          "passes (default: 1 and --samples)", free=True)
     limit: Natural = _eval(0, "use only the first so many problems; 0 uses all")
@@ -383,6 +424,17 @@ class EvaluationOptions(SharedOptions):
                        "same settings that it holds are not sampled again (default: eval.jsonl in "
                        "the run that is evaluated, or evals/MODEL.jsonl; numbered if that holds "
                        "another evaluation)", free=True)
+
+
+# Data sets of the paper's table, in distribution and out of it.
+PAPER = {"in-distribution": ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad"),
+         "out-of-distribution": ("arc-c", "gpqa", "mmlu-pro")}
+
+
+def samples_of(options: EvaluationOptions, data: str) -> int:
+    """How many answers are sampled for a problem of this data set."""
+    known = KNOWN.get(data.partition(":")[0])
+    return options.samples or (known.samples if known else 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,7 +495,13 @@ class _OptionLoader(yaml.SafeLoader):
 def _as_arguments(settings: dict) -> list[str]:
     """Settings of a file as typed arguments: they pass the same checks, and 1e-6, which PyYAML
     reads as text, becomes a number."""
-    return [f"{flag(name)}={value}" for name, value in settings.items() if value is not None]
+    found = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            found += [flag(name), *map(str, value)]
+        elif value is not None:
+            found.append(f"{flag(name)}={value}")
+    return found
 
 
 def read_cards(options: TrainingOptions) -> tuple[int, float] | None:

@@ -16,7 +16,7 @@ matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
 
 from curves import COLOURS
-from options import EvaluationOptions
+from options import EvaluationOptions, samples_of
 
 
 def shots_of(number: int) -> str:
@@ -91,7 +91,8 @@ def report(o: EvaluationOptions, found: dict[tuple, list[dict]],
         others = {"0 shots again": (name, 0, o.temperature, True),
                   **{f"temperature {t:g}": (name, 0, t, True) for t in sorted(o.temperatures)},
                   steered_name: steered}
-        changes = {label: compare(found[plain], found[key], o.samples)
+        samples = samples_of(o, name)
+        changes = {label: compare(found[plain], found[key], samples)
                    for label, key in others.items()}
         for label, c in changes.items():
             print(f"{name}, {label:<16} accuracy {100 * c['difference']:+.1f} points "
@@ -99,8 +100,8 @@ def report(o: EvaluationOptions, found: dict[tuple, list[dict]],
                   f"edit distance {c['distance']:.2f}, {c['gained']:.1%} turn right, "
                   f"{c['lost']:.1%} turn wrong")
         accepted = [r["score"] >= 1 for r in found[steered]]   # by ERRS
-        solved = fmean(any(accepted[i:i + o.samples])
-                       for i in range(0, len(accepted), o.samples))
+        solved = fmean(any(accepted[i:i + samples])
+                       for i in range(0, len(accepted), samples))
         hotter = {t: changes[f"temperature {t:g}"] for t in o.temperatures}
         text = verdict(name, o.shots[1], rows[plain], rows[steered], changes[steered_name],
                        fmean(accepted), solved, hotter)

@@ -25,6 +25,7 @@ from data import (
     load_problems,
     normalise,
 )
+from datafiles import name_of
 from distributed import (
     AdamW,
     frozen_copy,
@@ -41,15 +42,19 @@ from machine import free_memory, own_memory, return_freed_memory
 from memory import CONTEXT, Plan, bytes_per_slot, needs_group
 from model_utils import Transformer, load_model
 from options import (
+    PAPER,
     EvaluationOptions,
     SharedOptions,
     TrainingOptions,
     check_ranges,
     embedded,
+    pairs,
     parse_training,
     read_cards,
     require,
     resolve,
+    samples_of,
+    template_arguments,
 )
 from reward import Notes, extract_answer, make_scorer, references
 from rollout import Sampler, choose_slots
@@ -67,13 +72,27 @@ from runs import (
 
 
 def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
-    return PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template,
-                         model.config.vocab_size)
+    require(o.chat_template or not (o.system or o.template_args),
+            "--system and --template-args act on the chat template: they need --chat-template true")
+    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template,
+                            model.config.vocab_size, o.system, template_arguments(o.template_args))
+    if builder.depends_on_date() and is_main():
+        print(f"warning: the chat template of {o.model} writes today's date, so prompts change "
+              f"from day to day: --template-args date_string='26 Jul 2024', or the name that the "
+              f"template has for it, fixes the date", file=sys.stderr)
+    return builder
+
+
+def load_data(o: SharedOptions, source: str, embedded_file: str, split: str = "train",
+              needs: tuple[str, ...] = ()) -> list[Problem]:
+    """The problems of --train-data and the like. split: taken of a data set that has several."""
+    columns = {} if source == "tiny" else pairs(o.columns, "columns")
+    return load_problems(embedded(source, embedded_file), needs, answer_lists=o.answer_lists,
+                         columns=columns, split=split, answer_format=o.answer_format, seed=o.seed)
 
 
 def load_demonstrations(o: SharedOptions) -> list[Problem]:
-    return load_problems(embedded(o.demonstrations, "demonstrations.jsonl"), ("solution",),
-                         o.answer_lists)
+    return load_data(o, o.demonstrations, "demonstrations.jsonl", needs=("solution",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,7 +109,7 @@ class Run:
     optimizer: AdamW
     builder: PromptBuilder
     problems: list[Problem]
-    held_out: list[Problem]
+    held_out: dict[str, list[Problem]]  # by the name of the data set
     demonstrations: Demonstrations | None
     sampler: Sampler
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
@@ -147,22 +166,26 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     notes = Notes()
     scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, notes, o.reward_timeout)
     needs = ("expert_response",) if o.off_policy == "dataset" else ()
-    problems = load_problems(embedded(o.train_data, "train.jsonl"), needs, o.answer_lists)
-    held_out = load_problems(embedded(o.test_data, "test.jsonl"), (), o.answer_lists)
+    problems = load_data(o, o.train_data, "train.jsonl", needs=needs)
+    held_out = {name_of(each): load_data(o, each, "test.jsonl", "test") for each in o.test_data}
+    require(len(held_out) == len(o.test_data),
+            f"two of --test-data {' '.join(o.test_data)} have the same name")
     model, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
     choose_length(o, model)
     _check_model(o, model, tokenizer)
     _check_memory(o.batch_size * (o.n_on + o.n_off), o,
                   f"--batch-size {o.batch_size} and --n-on {o.n_on} with --n-off {o.n_off}")
-    _check_memory(o.eval_samples * len(held_out), o, f"--eval-samples {o.eval_samples}")
+    _check_memory(o.eval_samples * max(map(len, held_out.values())), o,
+                  f"--eval-samples {o.eval_samples}")
     builder = make_builder(o, tokenizer, model)
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
+    most = max(map(len, held_out.values()))
     if o.dry_run:
         if is_main():
             own = CONTEXT if cards else own_memory(device)
             processes, size = cards or (world_size(), own + free_memory(device))
             plan = Plan(model.config, o, processes, "cuda" if cards else device.type, own)
-            say_dry_run(plan, builder, problems, demonstrations, len(held_out), size)
+            say_dry_run(plan, builder, problems, demonstrations, most, size)
         sys.exit()
 
     dtype: torch.dtype = getattr(torch, o.dtype)
@@ -175,7 +198,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     wrap_blocks(model, o.recompute_activations, o.compile_blocks)
     optimizer = AdamW(model.parameters(), o.optimizer_state, lr=o.learning_rate,
                       weight_decay=o.weight_decay)
-    sampler = make_sampler(o, model, len(held_out), dtype)
+    sampler = make_sampler(o, model, most, dtype)
     run = Run(o, folder, device, model, reference, optimizer, builder, problems, held_out,
               demonstrations, sampler, scorer, notes)
     if saved is not None:
@@ -280,20 +303,22 @@ def say_dry_run(plan: Plan, builder: PromptBuilder, problems: list[Problem],
 
 
 def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Problem],
-                held_out: list[Problem]):
+                held_out: dict[str, list[Problem]]):
     """Leaves out what cannot be used, and prints how much and why.
 
     Returns (problems, held-out problems, demonstrations or None). Raises ValueError if too few are
     left.
     """
     left_out: list[str] = []
-    held_out = keep_askable(held_out, "held-out problems", builder, o.max_prompt_length, left_out)
+    held_out = {name: keep_askable(
+        each, "held-out problems" + f" of {name}" * (len(held_out) > 1), builder,
+        o.max_prompt_length, left_out) for name, each in held_out.items()}
     problems = keep_askable(problems, "training problems", builder, o.max_prompt_length, left_out)
-    questions = {normalise(p.problem) for p in held_out}
+    questions = {normalise(p.problem) for each in held_out.values() for p in each}
     problems = keep(problems, "training problems", "that are held-out ones too",
                     lambda p: normalise(p.problem) not in questions, left_out,
                     "; give other --train-data or --test-data")
-    held_out = held_out[:o.eval_problems or None]
+    held_out = {name: each[:o.eval_problems or None] for name, each in held_out.items()}
     demonstrations = None
     if o.off_policy == "dataset":
         problems = keep(problems, "training problems",
@@ -310,7 +335,8 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
             f"{len(problems)} training problems are fewer than --batch-size {o.batch_size}")
     if is_main():
         count = f", {len(demonstrations.pool)} demonstrations" if demonstrations else ""
-        print(f"{len(problems)} training problems, {len(held_out)} held-out problems{count}",
+        most = sum(map(len, held_out.values()))
+        print(f"{len(problems)} training problems, {most} held-out problems{count}",
               *left_out, sep="\n")
     return problems, held_out, demonstrations
 
@@ -325,6 +351,7 @@ class Case(NamedTuple):
     problems: list[Problem]
     demonstrations: Demonstrations | None
     temperature: float
+    samples: int          # answers to each problem
     again: bool = False   # a second draw, with random numbers of its own
 
     @property
@@ -340,12 +367,12 @@ def prepare_evaluation(o: EvaluationOptions):
     _check_evaluation(o)
     scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout,
                          reward_timeout=o.reward_timeout)
-    data = {name: load_problems(embedded(name, "test.jsonl"), (), o.answer_lists)[:o.limit or None]
-            for name in o.data}
+    data = {name: load_data(o, name, "test.jsonl", "test")[:o.limit or None] for name in o.data}
     device = init_distributed(o.device)
     empty, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
     choose_length(o, empty)
-    _check_memory(max(map(len, data.values())) * o.samples, o, f"--samples {o.samples}")
+    _check_memory(max(len(problems) * samples_of(o, name) for name, problems in data.items()), o,
+                  f"--samples {o.samples}")
     positions = empty.config.max_position
     require(positions > o.max_new_tokens, f"--max-new-tokens {o.max_new_tokens} leaves no room for "
             f"a prompt: {o.model} has {positions} positions")
@@ -355,12 +382,15 @@ def prepare_evaluation(o: EvaluationOptions):
     worked = load_demonstrations(o) if numbers else []
     pools = {k: Demonstrations(worked, builder, k, room, o.demo_min_chars) for k in numbers}
     cases, left_out = [], []
+    assert o.temperature is not None   # _check_evaluation resolved it
     for name, problems in data.items():   # all rows of a data set are over the same problems
         kept = keep_askable(problems, f"problems of {name}", builder, room, left_out,
                             *pools.values())
-        cases += [Case(name, shots, kept, pools.get(shots), o.temperature) for shots in o.shots]
+        number = samples_of(o, name)
+        cases += [Case(name, shots, kept, pools.get(shots), o.temperature, number)
+                  for shots in o.shots]
         if o.compare_shots:
-            cases += [Case(name, 0, kept, None, temperature, again=True)
+            cases += [Case(name, 0, kept, None, temperature, number, again=True)
                       for temperature in [o.temperature, *sorted(o.temperatures)]]
     if is_main() and left_out:
         print(*left_out, sep="\n")
@@ -370,9 +400,15 @@ def prepare_evaluation(o: EvaluationOptions):
 
 def _check_evaluation(o: EvaluationOptions) -> None:
     check_ranges(o)
-    o.k = o.k or sorted({1, o.samples})
-    require(all(1 <= k <= o.samples for k in o.k),
-            f"pass@k needs k from 1 to the number of samples, {o.samples}, not {o.k}")
+    if o.suite:
+        require(o.data == ["tiny"], f"--suite {o.suite} names the data itself: leave --data out")
+        o.data = [name for names in PAPER.values() for name in names]
+    o.shots = o.shots or ([0] if o.suite else [0, 1])
+    o.temperature = (0.6 if o.suite else 1.0) if o.temperature is None else o.temperature
+    most = max(samples_of(o, name) for name in o.data)
+    o.k = o.k or sorted({1, *(samples_of(o, name) for name in o.data)})
+    require(all(1 <= k <= most for k in o.k),
+            f"pass@k needs k from 1 to the number of samples, {most}, not {o.k}")
     output = Path(o.output)
     require(output.suffix not in (".json", ".png"),
             f"--output is the file of the samples; the table and the picture go beside it, as "

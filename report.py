@@ -180,6 +180,7 @@ def say_results(run: "Run", accuracies: list[float]) -> None:
                        ("curves", "curves.png")):
         print(f"{what + ':':<15}{run.folder / name}")
     if accuracies:
+        count = " + ".join(str(len(problems)) for problems in run.held_out.values())
         print(f"held-out accuracy went from {accuracies[0]:.1%} to {accuracies[-1]:.1%} "
-              f"({len(run.held_out)} problems, 0 shots, temperature "
+              f"({count} problems, 0 shots, temperature "
               f"{run.options.eval_temperature})")

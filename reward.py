@@ -9,13 +9,12 @@ what needs algebra goes to the worker processes of verify.py.
 """
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from answers import NeedsAlgebra, equal, understood
+from answers import NeedsAlgebra, equal, last_box, understood
 from data import Problem, load_problems
 from options import AnswerFormat
 from own_reward import OwnReward
@@ -26,10 +25,6 @@ MAX_LENGTH = 10_000   # a longer answer, in characters, is right only as the sam
 SHORT = 200           # a longer one is read in a worker, which can be killed
 VOTES = 8             # of the answers to a problem, how many of the commonest algebra compares
 
-_BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_UNBRACED = re.compile(r"(?:[^\s${}]|\{[^\s${}]*\})+")
-
 
 # --------------------------------------------------------------------------------------------------
 # The final answer of a response
@@ -37,10 +32,9 @@ _UNBRACED = re.compile(r"(?:[^\s${}]|\{[^\s${}]*\})+")
 def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
     """The final answer as the response writes it; None if there is none.
 
-    answer_format: "boxed" takes the last \\boxed{...} or \\fbox{...} with balanced braces, or
-    \\boxed 5 up to a space, $ or unmatched brace, without a final .,; behind it; a last box that is
-    not closed is no answer. "gsm8k" takes the rest of the line behind the last ####. "tags" takes
-    the last <answer>...</answer>, and if there is a box in it, what the box holds.
+    answer_format: "boxed" takes the last box, see answers.last_box. "gsm8k" takes the rest of the
+    line behind the last ####. "tags" takes the last <answer>...</answer>, and if there is a box in
+    it, what the box holds.
     """
     if answer_format == "gsm8k":
         _, mark, rest = response.rpartition("####")
@@ -49,19 +43,7 @@ def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
         before, closed, _ = response.rpartition("</answer>")
         _, opened, inside = before.rpartition("<answer>")
         return (extract_answer(inside) or inside.strip()) if closed and opened else None
-    start = max(response.rfind("\\boxed"), response.rfind("\\fbox"))
-    box = _BOX.match(response, start) if start >= 0 else None
-    if not box:
-        return None
-    if not response.startswith("{", box.end()):
-        text = _UNBRACED.match(response, box.end())
-        return text[0].rstrip(".,;") if text else None
-    depth = 0
-    for brace in _BRACES.finditer(response, box.end()):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)   # \{ and \} do not count
-        if depth == 0:
-            return response[box.end() + 1:brace.start()].strip()
-    return None
+    return last_box(response)
 
 
 # --------------------------------------------------------------------------------------------------

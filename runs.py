@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import math
 import os
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
+from datafiles import content_hash
 from distributed import barrier, is_main, on_main, rank, world_size
 from files import (
     numbered,
@@ -44,6 +44,7 @@ from options import (
     embedded,
     flag,
     require,
+    samples_of,
     settings_that_stay,
     with_absolute_paths,
 )
@@ -151,12 +152,14 @@ def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
 
 def _fingerprint(options: TrainingOptions) -> dict:
     """What a resumed run must find as it was: the settings, and hashes of the data files."""
-    files = {"train_data": "train.jsonl", "test_data": "test.jsonl"}
-    if options.off_policy == "demonstrations":
-        files["demonstrations"] = "demonstrations.jsonl"
-    return {"settings": settings_that_stay(options), "files": {
-        name: hashlib.sha256(Path(embedded(getattr(options, name), file)).read_bytes()).hexdigest()
-        for name, file in files.items()}}
+    o = options
+    hashes = {"train_data": content_hash(embedded(o.train_data, "train.jsonl"), "train"),
+              "test_data": "+".join(content_hash(embedded(each, "test.jsonl"), "test")
+                                    for each in o.test_data)}
+    if o.off_policy == "demonstrations":
+        hashes["demonstrations"] = content_hash(embedded(o.demonstrations, "demonstrations.jsonl"),
+                                                "train")
+    return {"settings": settings_that_stay(o), "files": hashes}
 
 
 def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
@@ -165,7 +168,7 @@ def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
     if not file.is_file():   # a run of an earlier version
         return
     then, now = read_object(file), _fingerprint(options)
-    for name, value in then["settings"].items():
+    for name, value in with_absolute_paths(then["settings"]).items():
         require(now["settings"].get(name) == value,
                 f"{folder / 'config.yaml'} was edited: {name} was {value}, not "
                 f"{now['settings'].get(name)}; undo that, or start another run")
@@ -621,8 +624,9 @@ def open_output(output: Path, options: EvaluationOptions,
     answers: dict[tuple, dict[str, list[dict]]] = {}   # of each case, by problem
     for record in read_lines(output):
         answers.setdefault(key_of(record), {}).setdefault(record["id"], []).append(record)
-    found = {key: [record for records in problems.values() if len(records) == options.samples
-                   for record in records] for key, problems in answers.items()}
+    found = {key: [record for records in problems.values()
+                   if len(records) == samples_of(options, key[0]) for record in records]
+             for key, problems in answers.items()}
     if old and output.is_file():   # also where it is empty: another evaluation may have just begun
         differing = _differences(old, settings, options, cases, found)
         if differing:
@@ -642,8 +646,8 @@ def write_samples(output: Path, found: dict[tuple, list[dict]]) -> None:
 
 def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:
     was = old.get("changed", {})
-    lines = [f"{name}: {old.get(name)}, not {value}" for name, value in settings.items()
-             if name != "changed" and old.get(name) != value]
+    lines = [f"{name}: {old[name]}, not {value}" for name, value in settings.items()
+             if name != "changed" and name in old and old[name] != value]
     lines += [f"{path} has changed" for path, at in settings["changed"].items()
               if was.get(path, at) != at]
     for case in cases:

@@ -282,14 +282,13 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
 # --------------------------------------------------------------------------------------------------
 # The run around it
 
-def held_out_accuracy(run: Run) -> float:
-    """The mean score of answers to the held-out problems, asked plainly."""
-    o = run.options
-    records = evaluate(
-        run.whole_model(), run.builder, run.held_out, samples=o.eval_samples,
-        max_new_tokens=o.max_new_tokens, temperature=o.eval_temperature, top_p=o.eval_top_p,
-        top_k=o.eval_top_k, seed=o.seed, sampler=run.sampler, scorer=run.scorer)
-    return fmean(record["score"] for record in records)
+def held_out_accuracy(run: Run) -> dict[str, float]:
+    """The mean score of answers to the problems of each --test-data, asked plainly."""
+    o, model = run.options, run.whole_model()
+    return {name: fmean(record["score"] for record in evaluate(
+        model, run.builder, problems, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,
+        temperature=o.eval_temperature, top_p=o.eval_top_p, top_k=o.eval_top_k, seed=o.seed,
+        sampler=run.sampler, scorer=run.scorer)) for name, problems in run.held_out.items()}
 
 
 def train(run: Run) -> None:
@@ -302,9 +301,12 @@ def train(run: Run) -> None:
         def evaluate_now(step: int) -> dict[str, float]:
             say("evaluating")
             stop.at_once = step == 0   # nothing is lost then
-            accuracies.append(held_out_accuracy(run))
+            found = held_out_accuracy(run)
             stop.at_once = False
-            return {"eval_accuracy" if step else "eval_accuracy_before": accuracies[-1]}
+            accuracies.append(fmean(found.values()))
+            name = "eval_accuracy" if step else "eval_accuracy_before"
+            return {name: accuracies[-1]} | {
+                f"{name}/{each}": share for each, share in found.items() if len(found) > 1}
 
         for step in range(run.start, o.steps):
             before = evaluate_now(0) if step == 0 and o.eval_every else {}

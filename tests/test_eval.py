@@ -106,7 +106,7 @@ def test_an_evaluation_depends_only_on_seed_and_problem(embedded):
 @pytest.mark.parametrize("change, message", [
     (dict(data=["nowhere.jsonl"]), "no data file at nowhere.jsonl"),
     (dict(model="./nowhere"), "no model at './nowhere'"), (dict(shots=[0, -1]), "at least 0"),
-    (dict(samples=0), "at least 1"), (dict(k=[2]), "k from 1 to the number of samples, 1"),
+    (dict(samples=-1), "at least 0"), (dict(k=[2]), "k from 1 to the number of samples, 1"),
     (dict(data=["tiny", "tiny"]), "names one twice"), (dict(reward="gone.py:f"), "names no file"),
     (dict(output="x.json"), "give x.jsonl, not x.json"),
     (dict(max_new_tokens=1024), "tiny has 1024 positions"),

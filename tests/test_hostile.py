@@ -122,18 +122,26 @@ LINE = b'{"problem": "1+1", "answer": "2"}'
 
 
 @pytest.mark.parametrize("name, data, words", [
-    ("data.json", b"[" + LINE + b"]", "data.json is a JSON array"),
-    ("data.csv", b"problem,answer\n1+1,2\n", "data.csv is a table"),
+    ("data.json", b"[" + LINE, "data.json: not valid JSON"),
+    ("data.csv", b"problem,answer\n1+1,\xff\n", "data.csv is no table of UTF-8 text"),
+    ("data.csv", b"question\n1+1\n", "row 1: field 'answer' must be text"),
     ("data.jsonl.gz", gzip.compress(LINE, mtime=0), "data.jsonl.gz is compressed"),
-    ("data.parquet", b"PAR1...", "data.parquet is a Parquet file"),
-    ("", None, "is a folder"),
     ("openai/gsm8k", None, "no data file at"),
 ])
-def test_data_files_that_are_no_jsonl(tmp_path, capsys, name, data, words):
+def test_data_files_that_cannot_be_read(tmp_path, capsys, name, data, words):
     if data:
         (tmp_path / name).write_bytes(data)
     said = mistake(["--train-data", tmp_path / name, "--output-dir", tmp_path / "run"], capsys)
-    assert words in said and "to_json('data.jsonl')" in said
+    assert words in said
+
+
+@pytest.mark.parametrize("name, data", [("data.parquet", b"PAR1..."), ("empty", None)])
+def test_what_the_library_datasets_cannot_read(tmp_path, capsys, name, data):
+    pytest.importorskip("datasets")
+    file = tmp_path / name
+    file.write_bytes(data) if data else file.mkdir()
+    said = mistake(["--train-data", file, "--output-dir", tmp_path / "run"], capsys)
+    assert f"{file} could not be read" in said
 
 
 def copy_of_tiny(folder, **files):

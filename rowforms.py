@@ -6,7 +6,7 @@
 | GPQA | `Question`, `Correct Answer`, … | options in an order of the seed; letter |
 | choices | `question`, `choices` or `options`, key | options; letter |
 | OlympiadBench | `question`, `final_answer` | a list of answers |
-| GSM8K | `question`, `answer` with `####` | solution without calculator marks; number |
+| GSM8K | `question`, `answer` with `####` | solution, also as expert response; number |
 | plain | `problem` or `question`, … | as it is; if `answer` lacks, the solution's last box |
 """
 
@@ -65,8 +65,9 @@ def _verl(row: Mapping[str, Any]) -> dict[str, Any]:
 def _gsm8k(row: Mapping[str, Any], answer_format: str) -> dict[str, Any]:
     worked, _, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
     answer = answer.strip().replace(",", "")
-    return {"problem": row["question"], "answer": answer,
-            "solution": f"{worked.strip()}\n{_ENDING[answer_format] % answer}"}
+    solution = f"{worked.strip()}\n{_ENDING[answer_format] % answer}"
+    return {"problem": row["question"], "answer": answer, "solution": solution,
+            "expert_response": solution}
 
 
 def _gpqa(row: Mapping[str, Any], seed: int) -> dict[str, Any]:

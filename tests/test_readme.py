@@ -155,7 +155,8 @@ def text_of(file: Path) -> str:
 @pytest.mark.parametrize("file", [*PAGES, *CONFIGS, *SCRIPTS],
                          ids=lambda file: str(file.relative_to(ROOT)))
 def test_paths_are_of_files_that_exist_or_that_a_configuration_names(file):
-    named = {value for config in CONFIGS for value in yaml.safe_load(config.read_text()).values()}
+    named = {value for config in CONFIGS for value in yaml.safe_load(config.read_text()).values()
+             if isinstance(value, str)}
     for path in re.findall(r"[\w./-]+/[\w.-]+\.(?:jsonl|yaml|py|png)\b", text_of(file)):
         if not path.startswith(("runs/", "evals/")):   # what the reader's own commands write
             places = ROOT / path, file.parent / path

@@ -245,6 +245,29 @@ def _find_questions(questions: list[str], texts: list[str],
 
 
 # --------------------------------------------------------------------------------------------------
+# A question of a batch, and what is sampled for it
+
+@dataclass(eq=False)
+class Question:
+    index: int                      # its place in the batch; it numbers the group
+    problem: Problem
+    prompt: list[int]               # q
+    demos: list[tuple[list[Problem], list[int]]]   # N_off times D and [D; q], or none
+
+
+@dataclass(eq=False)
+class Response:
+    """The objective conditions it on question.prompt; behaviour_prompt, q or [D; q], sampled it."""
+    question: Question
+    off_policy: bool
+    behaviour_prompt: list[int]
+    tokens: list[int]
+    old_logprobs: list[float]       # of the behaviour policy; 0 for a data set's response
+    finished: bool
+    text: str
+
+
+# --------------------------------------------------------------------------------------------------
 # Which problems can be used, for training and evaluation alike
 
 def keep(problems: list[Problem], name: str, reason: str, test: Callable[[Problem], bool],

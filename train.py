@@ -35,7 +35,7 @@ import icpo
 import report
 import runs
 from curves import draw
-from data import Problem, epoch_order
+from data import Problem, Question, Response, epoch_order
 from distributed import gather_objects, is_main, world_size
 from eval import evaluate
 from machine import prepare_gradients
@@ -62,26 +62,6 @@ def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "B
     gap = recompute_logprobs(run, responses) if o.old_logprobs == "recompute" else None
     updates = [update(run, part) for part in batch.mini_batches(o.mini_batch_size)]    # 4    (ICPO)
     return report.measure(run, step, batch, updates, gap, phases.seconds()), batch
-
-
-@dataclass(eq=False)
-class Question:
-    index: int                      # its place in the batch; it numbers the group
-    problem: Problem
-    prompt: list[int]               # q
-    demos: list[tuple[list[Problem], list[int]]]   # N_off times D and [D; q], or none
-
-
-@dataclass(eq=False)
-class Response:
-    """The objective conditions it on question.prompt; behaviour_prompt, q or [D; q], sampled it."""
-    question: Question
-    off_policy: bool
-    behaviour_prompt: list[int]
-    tokens: list[int]
-    old_logprobs: list[float]       # of the behaviour policy; 0 for a data set's response
-    finished: bool
-    text: str
 
 
 @dataclass

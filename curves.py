@@ -26,7 +26,8 @@ PANELS = [("eval_accuracy", "Held-out accuracy, 0 shots", "share right"),
           ("grad_norm", "Gradient norm before clipping", "")]
 # The palette of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-LABELS = {"grpo": "GRPO", "luffy": "LUFFY", "icpo": "ICPO", "icpo-rs": "ICPO†"}   # --method: name
+LABELS = {"grpo": "GRPO", "luffy": "LUFFY", "luffy-release": "LUFFY (release)", "icpo": "ICPO",
+          "icpo-rs": "ICPO†"}   # --method: name
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3))]
 
 

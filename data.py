@@ -265,6 +265,7 @@ class Response:
     old_logprobs: list[float]       # of the behaviour policy; 0 for a data set's response
     finished: bool
     text: str
+    reward: float | None = None     # R(τ), once it is scored
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ compilation are applied to it from outside.
 
 import functools
 import heapq
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 if TYPE_CHECKING:
     from model_utils import Transformer
+    from options import TrainingOptions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,6 +344,18 @@ def clip_gradients(model: torch.nn.Module, largest: float) -> float:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(o: "TrainingOptions", step: int) -> float:
+    """The learning rate of step `step`, from 0 on: linear warm-up, then the decay of --lr-schedule.
+
+    The first step of the warm-up has 1/--lr-warmup-steps of the whole.
+    """
+    if step < o.lr_warmup_steps:
+        return o.learning_rate * (step + 1) / o.lr_warmup_steps
+    done = min(1.0, (step - o.lr_warmup_steps) / max(1, o.lr_decay_steps - o.lr_warmup_steps))
+    return o.learning_rate * {"constant": 1.0, "linear": 1 - done,
+                              "cosine": (1 + math.cos(math.pi * done)) / 2}[o.lr_schedule]
 
 
 class AdamW(torch.optim.AdamW):

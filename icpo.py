@@ -96,11 +96,12 @@ def mix_groups(off_policy: Tensor, group: Tensor, accepted: Tensor, priority: Te
 
 
 def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None, eps: float = 1e-6,
-                     unbiased: bool = True) -> Tensor:
+                     unbiased: bool = True, divide: bool = True) -> Tensor:
     """(ADV) Â_i = (R(τ_i) − mean(G_on ∪ G_off)) / (std(G_on ∪ G_off) + eps).
 
     rewards: [B]. group: [B] int ids in any order. keep: [B] bool; rows outside it get 0 and do not
-    count. unbiased: divide the sum of squares by n − 1 instead of n.
+    count. unbiased: divide the sum of squares by n − 1 instead of n. divide: by std + eps; False
+    leaves R − mean, as Dr. GRPO does.
     Returns [B] float32 or float64: exactly 0 in a group of one and in a group of equal rewards.
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -120,7 +121,7 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
     std = (total(centred ** 2) / (count - float(unbiased)).clamp(min=1)).sqrt()
     # Comparison finds equal rewards, because 1/eps would magnify a rounding error of their mean.
     varied = keep & (extreme("amax", -math.inf) > extreme("amin", math.inf))
-    return (centred / (std + eps)).where(varied, 0.0)
+    return (centred / (std + eps) if divide else centred).where(varied, 0.0)
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor,
@@ -210,8 +211,8 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     old_logprobs: [B, T], under the policy and prompt that sampled: q on-policy, [D; q] off-policy.
         Off-policy rows of it are not read where off_policy_denominator is "one".
     advantages: [B], from `group_advantages`. off_policy: [B] bool.
-    mask: [B, T], 1.0 on response tokens that count, 0.0 elsewhere. ρ is this mask: it is 0 in
-        rejected rows. Values where it is 0 are not used.
+    mask: [B, T], 1.0 on response tokens that count, or their weight; 0.0 elsewhere. ρ is this mask:
+        it is 0 in rejected rows. Values where it is 0 are not used.
     clip_low, clip_high: ε below and above 1; GRPO uses 0.2 and 0.2. clip_off_policy: whether (CLIP)
         applies to off-policy rows; with shaping f ≤ 1, so it makes no difference where Â ≥ 0.
     shaping_lambda: λ of f, see `policy_shaping`; None leaves r̂ as it is.

@@ -346,7 +346,7 @@ class Transformer(nn.Module):
         return _logits(hidden, self.head)
 
     def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None,
-                chunk_size: int = LOGITS_CHUNK):
+                chunk_size: int = LOGITS_CHUNK, entropy_gradient: bool = False):
         """All uses with gradient go through `forward`, so that FSDP's hooks run in each.
 
         - forward(tokens): [B, T] int64 -> logits [B, T, V], see `logits`.
@@ -358,14 +358,14 @@ class Transformer(nn.Module):
             packing = tokens
             x = self._hidden(packing.tokens, packing.positions, lambda layer: packing)[0]   # [N, D]
             return _chunked_logprobs(x.index_select(0, packing.predicting), self.head,
-                                     packing.targets, temperature, chunk_size)
+                                     packing.targets, temperature, chunk_size, entropy_gradient)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]               # [1, T]
         x = self._hidden(tokens, positions, lambda layer: WholeSequences())              # [B, T, D]
         if targets is None:
             return self.logits(x)
         mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
         return to_rows(mask, *_chunked_logprobs(x[mask], self.head, targets[mask], temperature,
-                                                chunk_size))
+                                                chunk_size, entropy_gradient))
 
     def extend(self, tokens, cache: KVCache, slots=None, starts=None,
                span: int | None = None) -> torch.Tensor:
@@ -433,13 +433,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """hidden [N, D], head [V, D], targets [N] -> log-probabilities and entropies, [N] float32 each.
 
     Only a chunk of logits exists at a time. The backward pass computes each chunk again and adds to
-    one gradient of the head, where autograd would hold one for each chunk. No gradient flows
-    through the entropy, which is a metric.
+    one gradient of the head, where autograd would hold one for each chunk. A gradient flows through
+    the entropies only if entropy_gradient is set.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature, chunk_size):
+    def forward(ctx, hidden, head, targets, temperature, chunk_size, entropy_gradient):
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.entropy_gradient = entropy_gradient
         pieces = []
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             logits = _logits(h, head).float().div_(temperature)                            # [n, V]
@@ -448,30 +449,34 @@ class _ChunkedLogprobs(torch.autograd.Function):
             entropy = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
             pieces.append((logprobs, entropy, log_z))
         logprobs, entropy, log_z = (torch.cat(piece) for piece in zip(*pieces, strict=True))   # [N]
-        ctx.save_for_backward(hidden, head, targets, log_z)
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden, head, targets, log_z, entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, *gradients):
-        hidden, head, targets, log_z = ctx.saved_tensors
+        hidden, head, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
         chunks = (each.split(ctx.chunk_size)
-                  for each in (hidden, targets, log_z, gradients[0], grad_hidden))
-        for h, t, z, g, out in zip(*chunks, strict=True):
-            # ∂ log π(t) / ∂ logit is [the logit is that of t] − π.
-            d = _logits(h, head).float().div_(ctx.temperature).sub_(z[:, None]).exp_()
-            d = d.mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
+                  for each in (hidden, targets, log_z, entropy, *gradients, grad_hidden))
+        for h, t, z, H, g, g_entropy, out in zip(*chunks, strict=True):
+            # ∂ log π(t) / ∂ logit is [the logit is that of t] − π; ∂ H / ∂ logit is −π·(log π + H).
+            log_p = _logits(h, head).float().div_(ctx.temperature).sub_(z[:, None])         # [n, V]
+            weight = -g[:, None]
+            if ctx.entropy_gradient:
+                weight = weight - g_entropy[:, None] * (log_p + H[:, None])
+            d = log_p.exp_().mul_(weight).scatter_add_(1, t[:, None], g[:, None])
             d = d.div_(ctx.temperature).to(head.dtype)                                      # [n, V]
             torch.mm(d, head, out=out)
             grad_head.addmm_(d.T, h)
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None, None, None
 
 
-def _chunked_logprobs(hidden, head, targets, temperature, chunk_size):
+def _chunked_logprobs(hidden, head, targets, temperature, chunk_size, entropy_gradient):
     # At least four chunks, so that a small batch too never holds all its logits at once.
     chunk_size = max(1, min(chunk_size, -(-len(targets) // 4)))
-    return _ChunkedLogprobs.apply(hidden, head, targets, temperature, chunk_size)
+    return _ChunkedLogprobs.apply(hidden, head, targets, temperature, chunk_size, entropy_gradient)
 
 
 def to_rows(mask, *flat):
@@ -539,15 +544,16 @@ def pack(prompts: list[list[int]], responses: list[list[int]],
 
 
 def response_logprobs(model: Transformer, packing: Packing, temperature: float = 1.0,
-                      chunk_size: int = LOGITS_CHUNK):
+                      chunk_size: int = LOGITS_CHUNK, entropy_gradient: bool = False):
     """log π(response token | prompt, response before it), with gradient, and the entropies.
 
-    The entropies are those of the same distributions (nats, detached). Both are [B, R] float32, 0
-    behind a response, and equal to what token_logprobs computes apart from rounding. temperature:
-    that of the distribution sampled from, above 0. chunk_size: positions whose logits exist at the
-    same time.
+    The entropies are those of the same distributions, in nats, with a gradient only if
+    entropy_gradient is set. Both are [B, R] float32, 0 behind a response, and equal to what
+    token_logprobs computes apart from rounding. temperature: that of the distribution sampled from,
+    above 0. chunk_size: positions whose logits exist at the same time.
     """
-    return to_rows(packing.mask, *model(packing, temperature=temperature, chunk_size=chunk_size))
+    return to_rows(packing.mask, *model(packing, temperature=temperature, chunk_size=chunk_size,
+                                        entropy_gradient=entropy_gradient))
 
 
 # --------------------------------------------------------------------------------------------------

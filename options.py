@@ -40,6 +40,7 @@ NotNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
 Share = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
 FromZeroToOne = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
+BelowOne = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 ZeroOrAboveOne = Annotated[float, Range("0 (off) or above 1", lambda x: x == 0 or x > 1)]
 AnswerFormat = Literal["boxed", "gsm8k", "tags"]
 DType = Literal["float32", "bfloat16"]
@@ -291,8 +292,8 @@ class TrainingOptions(SharedOptions):
     train_data: str = _data("tiny", f"problems to train on: {SOURCES}, or tiny")
     test_data: list[str] = _data(["tiny"], "held-out problems: one data set or several, or tiny")
 
-    method: Literal["grpo", "luffy", "icpo", "icpo-rs"] = _method(
-        "icpo", "preset of the parts below")
+    method: Literal["grpo", "luffy", "luffy-release", "icpo", "icpo-rs"] = _method(
+        "icpo", "preset of the parts below; luffy-release also sets what LUFFY's scripts set")
     off_policy: Literal["none", "demonstrations", "dataset"] | None = _method(
         None, "source of off-policy responses: none, the policy with demonstrations in its context "
         "(IEF), or expert_response of the data (LUFFY)")
@@ -308,6 +309,9 @@ class TrainingOptions(SharedOptions):
     num_demonstrations: Natural = _method(1, "k, demonstrations before each off-policy prompt")
     n_on: Count = _method(8, "on-policy responses sampled for each question")
     n_off: Natural = _method(1, "off-policy responses for each question")
+    off_policy_when: Literal["always", "all-wrong"] = _method(
+        "always", "for every question, or only where all plain responses are wrong, as Guide-GRPO "
+        "does, which samples fewer tokens")
     group: Literal["replace", "append"] = _method(
         "replace", "accepted off-policy responses replace random on-policy ones, or join them "
         "(release, with --n-on 7)")
@@ -328,6 +332,16 @@ class TrainingOptions(SharedOptions):
     normalizer: Literal["batch", "micro-batch"] = _loss(
         "batch", "Z counts the response tokens of the whole mini-batch, or of each micro-batch, "
         "then averaged (release; the update then depends on the micro-batch size)")
+    loss_aggregation: Literal["tokens", "sequences", "fixed"] = _loss(
+        "tokens", "the loss is a mean over response tokens, a mean over responses of their means, "
+        "or a sum over tokens by a fixed number, responses times --max-new-tokens (Dr. GRPO, "
+        "LUFFY)")
+    mask_truncated: bool = _loss(
+        False, "responses that are cut off leave the loss, but not their group (DAPO)")
+    entropy_coef: NotNegative = _loss(
+        0.0, "weight of an entropy bonus, averaged as the loss is (LUFFY: 0.001)")
+    advantage_std: bool = _loss(
+        True, "divide advantages by the group's standard deviation (Dr. GRPO, LUFFY: false)")
     advantage_eps: NotNegative = _loss(1e-6, "added to the standard deviation of a group")
     std_unbiased: bool = _loss(True, "standard deviation of a group with n-1 instead of n")
     kl_coef: NotNegative = _loss(
@@ -350,7 +364,14 @@ class TrainingOptions(SharedOptions):
     micro_batch_tokens: Count = _optim(
         4096, "tokens, prompts included, that a process puts through the model at the same time",
         free=True)
-    learning_rate: Positive = _optim(5e-5, "of AdamW, constant")
+    learning_rate: Positive = _optim(5e-5, "of AdamW, after the warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = _optim(
+        "constant", "how the learning rate decays to 0 after the warm-up")
+    lr_warmup_steps: Natural = _optim(0, "steps over which the learning rate rises linearly")
+    lr_decay_steps: Natural = _optim(0, "step at which the decay ends; 0 is --steps")
+    adam_beta1: BelowOne = _optim(0.9, "of AdamW: decay of the first moment")
+    adam_beta2: BelowOne = _optim(0.999, "of AdamW: decay of the second moment")
+    adam_eps: Positive = _optim(1e-8, "of AdamW: added to the root of the second moment")
     weight_decay: NotNegative = _optim(0.01, "of AdamW")
     grad_clip: Positive = _optim(1.0, "largest gradient norm")
     recompute_activations: Literal["none", "cheap", "all"] = _optim(
@@ -451,6 +472,12 @@ METHODS = {
     "icpo": _METHOD,
     "icpo-rs": _METHOD | dict(rs=True),
 }
+METHODS["luffy-release"] = METHODS["luffy"]
+# What LUFFY's scripts set beside its method: 8 responses, one of them the expert's, no division by
+# the standard deviation, no clip, no KL term. Options that are given override these.
+LUFFY_RELEASE = dict(n_on=7, group="append", advantage_std=False, loss_aggregation="fixed",
+                     clip_low=1.0, clip_high=1e9, clip_off_policy=False, kl_coef=0.0,
+                     entropy_coef=0.001)
 
 
 def parse_training(arguments: Sequence[str], saved: dict | None = None) -> TrainingOptions:
@@ -478,7 +505,11 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
                 parser.error(f"{file}: unknown option {name!r}"
                              f"{did_you_mean(name, TrainingOptions)}")
         arguments = _as_arguments(settings) + arguments[1:]
-    return parser.parse(_as_arguments(saved or {}) + arguments)
+    arguments = _as_arguments(saved or {}) + arguments
+    found = parser.parse(arguments)
+    if found.method == "luffy-release":
+        found = parser.parse(_as_arguments(LUFFY_RELEASE) + arguments)
+    return found
 
 
 class _OptionLoader(yaml.SafeLoader):
@@ -533,6 +564,7 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
     vars(o).update(with_absolute_paths(vars(o)))
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
+    o.lr_decay_steps = o.lr_decay_steps or o.steps
     if o.off_policy == "none":
         o.n_off = 0
     require(o.off_policy == "none" or o.n_off,
@@ -547,6 +579,11 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
             "--off-policy-denominator one")
     require(o.off_policy != "dataset" or o.n_off == 1,
             f"a problem has one expert response: --n-off must be 1, not {o.n_off}")
+    require(o.loss_aggregation != "fixed" or o.normalizer == "batch",
+            "--loss-aggregation fixed has its own Z: it needs --normalizer batch")
+    require(o.lr_schedule == "constant" or o.lr_warmup_steps < o.lr_decay_steps,
+            f"--lr-warmup-steps {o.lr_warmup_steps} leaves no steps to decay until "
+            f"{o.lr_decay_steps}")
     require(o.old_logprobs == "recompute" or (o.top_p == 1 and o.top_k == 0),
             "with --top-p or --top-k the sampler's log-probabilities are not those of the policy "
             "in the objective: give --old-logprobs recompute")

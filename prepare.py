@@ -33,6 +33,7 @@ from distributed import (
     gather_objects,
     init_distributed,
     is_main,
+    learning_rate,
     on_main,
     shard,
     world_size,
@@ -116,6 +117,12 @@ class Run:
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
 
+    def begin(self, step: int) -> None:
+        """Before step `step`, from 0 on."""
+        self.notes.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.options, step)
+
     def whole_model(self) -> Transformer:
         """The model to sample with, see gather_model; where graphs refer to one, that one again."""
         return gather_model(self.model, getattr(torch, self.options.dtype), self.sampler.model())
@@ -197,6 +204,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         reference = frozen_copy(model, dtype, o.shard_size, o.offload_reference)
     wrap_blocks(model, o.recompute_activations, o.compile_blocks)
     optimizer = AdamW(model.parameters(), o.optimizer_state, lr=o.learning_rate,
+                      betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps,
                       weight_decay=o.weight_decay)
     sampler = make_sampler(o, model, most, dtype)
     run = Run(o, folder, device, model, reference, optimizer, builder, problems, held_out,

@@ -63,6 +63,8 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
         "response_length_off": per(s["tokens_off"], s["count_off"]),
         "truncated": per(s["cut_on"], s["count_on"]),
         "truncated_off": per(s["cut_off"], s["count_off"]),
+        "tokens_sampled": s["tokens_on"] + s["tokens_off"] * (run.options.off_policy != "dataset"),
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
         "tokens_per_second": (s["tokens_on"] + s["tokens_off"]) / sum(seconds),
         "step_seconds": sum(seconds),
         **dict(zip(("rollout_seconds", "reward_seconds", "update_seconds"), seconds, strict=True)),
@@ -82,6 +84,11 @@ def step_bar(run: "Run") -> tqdm:
     o = run.options
     return tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method,
                 disable=not is_main() or not sys.stderr.isatty())
+
+
+def show(bar: tqdm, metrics: dict, accuracies: list[float]) -> None:
+    accuracy = f", accuracy={accuracies[-1]:.1%}" if accuracies else ""
+    bar.set_postfix_str(f"reward={metrics['reward_on']:.2f}{accuracy}")
 
 
 def _line(metrics: dict, steps: int) -> str:

@@ -52,6 +52,7 @@ def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "B
     Returns the metrics over all processes and this process's batch.
     """
     o, phases = run.options, runs.Phases(say)
+    run.begin(step)
     phases.start("sampling")
     questions = draw_questions(run, step)                                              # 1
     responses = sample_responses(run, questions, step, say)                            # 2     (IEF)
@@ -116,34 +117,45 @@ def draw_questions(run: Run, step: int) -> list[Question]:
 
 def sample_responses(run: Run, questions: list[Question], step: int,
                      say: Callable[[str], Any] = lambda text: None) -> list[Response]:
-    """Step 2: N_on responses of π_θold(·|q) to each question, and N_off off-policy ones."""
-    o, plain = run.options, [q.prompt for q in questions]
+    """Step 2: N_on responses of π_θold(·|q) to each question, and N_off off-policy ones.
+
+    With --off-policy-when all-wrong, questions with a response right by δ get none of the latter.
+    """
+    o, solved = run.options, set()
     demo = [(q, j, prompt) for q in questions for j, (_, prompt) in enumerate(q.demos)]
+    text = functools.partial(run.builder.response_text, stop_ids=run.model.stop_ids)
 
     def stream(kind: int, number: int) -> int:   # evaluation uses the streams below 2^32
         return ((2 * step + kind) << 32) + number
 
-    with behaviour_policy(run) as model:
+    def sample(plain, demo) -> list[Response]:
         def policy(demo_prompts):   # it samples the plain prompts too: no cache slot stays idle
-            counts = [o.n_on] * len(plain) + [1] * len(demo_prompts)
+            counts = [o.n_on] * len(plain) + [1] * len(demo)
             return generate(
-                model, plain + demo_prompts, n=counts, max_new_tokens=o.max_new_tokens,
-                temperature=o.temperature, top_p=o.top_p, top_k=o.top_k, stop_ids=model.stop_ids,
-                seed=o.seed, stream_ids=[stream(1, q.index) for q in questions]
+                model, [q.prompt for q in plain] + demo_prompts, n=counts,
+                max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
+                top_k=o.top_k, stop_ids=model.stop_ids, seed=o.seed,
+                stream_ids=[stream(1, q.index) for q in plain]
                 + [stream(2, q.index * o.n_off + j) for q, j, _ in demo], sampler=run.sampler,
                 progress=runs.say_sampling(say, sum(counts)))
 
-        found = iter(icpo.implicit_expert_forcing(policy, [prompt for *_, prompt in demo]))
-    sampled = [(q, False, q.prompt, next(found)) for q in questions for _ in range(o.n_on)]
-    sampled += [(q, True, prompt, next(found)) for q, _, prompt in demo]
-    rows = [(q, off_policy, prompt, c.tokens, c.logprobs, c.finished)
-            for q, off_policy, prompt, c in sampled]
-    if o.off_policy == "dataset":
-        for q in questions:   # LUFFY's denominator is 1, a log-probability of 0
+        rows = [(q, False, q.prompt) for q in plain for _ in range(o.n_on)]
+        rows += [(q, True, prompt) for q, _, prompt in demo]
+        found = icpo.implicit_expert_forcing(policy, [prompt for *_, prompt in demo])
+        return [Response(*row, c.tokens, c.logprobs, c.finished, text(c.tokens))
+                for row, c in zip(rows, found, strict=True)]
+
+    with behaviour_policy(run) as model:
+        responses = sample(questions, demo if o.off_policy_when == "always" else [])
+        if o.off_policy_when == "all-wrong":
+            rewards = score_responses(run, responses).tolist()
+            solved = {r.question.index for r, R in zip(responses, rewards) if R >= o.delta}
+            responses += sample([], [each for each in demo if each[0].index not in solved])
+    for q in questions if o.off_policy == "dataset" else ():
+        if q.index not in solved:   # LUFFY's denominator is 1, a log-probability of 0
             tokens = run.builder.expert_response(q.problem)
-            rows.append((q, True, q.prompt, tokens, [0.0] * len(tokens), True))
-    text = functools.partial(run.builder.response_text, stop_ids=run.model.stop_ids)
-    responses = [Response(*row, text(row[3])) for row in rows]
+            responses.append(Response(q, True, q.prompt, tokens, [0.0] * len(tokens), True,
+                                      text(tokens)))
     return sorted(responses, key=lambda r: (r.question.index, r.off_policy))
 
 
@@ -158,9 +170,11 @@ def behaviour_policy(run: Run):
 
 def score_responses(run: Run, responses: list[Response]) -> Tensor:
     """Step 3: the rewards R(τ), [B] float64; run.notes is what could not be settled."""
-    run.notes.clear()
-    return torch.tensor(run.scorer([r.text for r in responses],
-                                   [r.question.problem for r in responses]), dtype=torch.float64)
+    new = [r for r in responses if r.reward is None]
+    rewards = run.scorer([r.text for r in new], [r.question.problem for r in new])
+    for response, reward in zip(new, rewards, strict=True):
+        response.reward = reward
+    return torch.tensor([r.reward for r in responses], dtype=torch.float64)
 
 
 def form_groups(run: Run, responses: list[Response], rewards: Tensor, step: int) -> Batch:
@@ -175,8 +189,8 @@ def form_groups(run: Run, responses: list[Response], rewards: Tensor, step: int)
     priority = torch.tensor([draws[i].random() for i in group.tolist()], dtype=torch.float64)
     keep = icpo.mix_groups(off_policy, group, accepted, priority, o.group)
     shaped = icpo.shaped_rewards(rewards, off_policy, region, bonus)                      # (RS)
-    advantages = icpo.group_advantages(shaped, group, keep, o.advantage_eps,
-                                       o.std_unbiased)                                    # (ADV)
+    advantages = icpo.group_advantages(shaped, group, keep, o.advantage_eps, o.std_unbiased,
+                                       o.advantage_std)                                   # (ADV)
     return Batch(responses, group, off_policy, rewards, accepted, keep, advantages, bonus)
 
 
@@ -185,13 +199,18 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
 
     Returns sums and maxima over all processes, the norm of the gradient, and whether it `skipped`.
     """
-    o, batch = run.options, batch.select(batch.keep.nonzero()[:, 0].tolist())
+    o = run.options
+    batch = batch.select([i for i, (r, keep) in enumerate(zip(batch.responses, batch.keep.tolist()))
+                          if keep and (r.finished or not o.mask_truncated)])
     parts = distributed.micro_batches(
         [len(r.question.prompt) + len(r.tokens) for r in batch.responses], o.micro_batch_tokens)
     totals, size = distributed.Totals(), distributed.Totals()
-    size.add(tokens=sum(len(r.tokens) for r in batch.responses), parts=sum(map(bool, parts)))
+    size.add(tokens=sum(len(r.tokens) for r in batch.responses), parts=sum(map(bool, parts)),
+             rows=len(batch.responses))
     size = size.over_processes()
-    share = 1.0 if o.normalizer == "batch" else 1.0 / size["parts"]
+    share = 1.0 if o.normalizer == "batch" else 1.0 / max(size["parts"], 1)
+    total = {"tokens": size["tokens"], "sequences": size["rows"],
+             "fixed": size["rows"] * o.max_new_tokens}[o.loss_aggregation]
     prepare_gradients(run.model, run.device)
     for rows in distributed.summed_at_the_last(run.model, parts):
         micro = batch.select(rows) if rows else NOTHING
@@ -201,19 +220,24 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         old = [logprob for r in micro.responses for logprob in r.old_logprobs]
         old_logprobs, = to_rows(packing.mask, torch.tensor(old, device=run.device))        # [B, R]
         off_policy = micro.off_policy.to(run.device)
-        logprobs, entropy = response_logprobs(run.model, packing, o.temperature)           # [B, R]
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)                                   # [B, 1]
+        weights = mask / (lengths if o.loss_aggregation == "sequences" else 1)             # [B, R]
+        Z = max(total if o.normalizer == "batch" else weights.sum().item(), 1)
+        logprobs, entropy = response_logprobs(run.model, packing, o.temperature,
+                                              entropy_gradient=o.entropy_coef > 0)         # [B, R]
         ref_logprobs = None
         if run.reference is not None:
             with torch.no_grad():
                 ref_logprobs, _ = response_logprobs(run.reference, packing, o.temperature)
         loss, metrics = icpo.icpo_loss(                                                    # (ICPO)
-            logprobs, old_logprobs, micro.advantages.float().to(run.device), mask, off_policy,
+            logprobs, old_logprobs, micro.advantages.float().to(run.device), weights, off_policy,
             clip_low=o.clip_low, clip_high=o.clip_high,
             shaping_lambda=o.shaping_lambda if o.shaping else None,
             off_policy_denominator=o.off_policy_denominator or "behaviour",
-            normalizer=size["tokens"] if o.normalizer == "batch" else None,
-            dual_clip=o.dual_clip or None, ref_logprobs=ref_logprobs, kl_coef=o.kl_coef,
-            clip_off_policy=o.clip_off_policy, log_ratio_clamp=o.log_ratio_clamp or None)
+            normalizer=Z, dual_clip=o.dual_clip or None, ref_logprobs=ref_logprobs,
+            kl_coef=o.kl_coef, clip_off_policy=o.clip_off_policy,
+            log_ratio_clamp=o.log_ratio_clamp or None)
+        loss = loss - o.entropy_coef * (entropy * weights).sum() / Z if o.entropy_coef else loss
         # FSDP averages over the processes, and Z is already that of all of them.
         (loss * share * world_size()).backward()
         on_policy = mask & ~off_policy[:, None]
@@ -295,8 +319,7 @@ def train(run: Run) -> None:
             if o.eval_every and (last or (step + 1) % o.eval_every == 0):
                 before |= evaluate_now(step + 1)
             report.write_rows(run, batch, metrics | before)
-            accuracy = f", accuracy={accuracies[-1]:.1%}" if accuracies else ""
-            bar.set_postfix_str(f"reward={metrics['reward_on']:.2f}{accuracy}")
+            report.show(bar, metrics, accuracies)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             if skipped == o.max_skipped:
                 raise runs.NotFinite(skipped, run.folder)

@@ -8,6 +8,7 @@ Without off-policy rows they are verl's GRPO. docs/verl.md says how rows are mar
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ LOG_RATIO_CLAMP = 20.0     # as in verl's own loss
 
 
 @register_adv_est("icpo")
-def icpo_advantages(token_level_rewards, response_mask, index, reward_baselines=None, config=None,
-                    **_):
+def icpo_advantages(token_level_rewards, response_mask, index, reward_baselines=None, **_):
     """(ERRS), the mixed groups, (ADV).
 
     token_level_rewards, response_mask: [B, T]. index: [B], the uid of each row's question.
@@ -45,7 +45,7 @@ def icpo_advantages(token_level_rewards, response_mask, index, reward_baselines=
 
 @register_policy_loss("icpo")
 def icpo_policy_loss(old_log_prob, log_prob, advantages, response_mask,
-                     loss_agg_mode="token-mean", config=None, rollout_is_weights=None):
+                     loss_agg_mode="token-mean", config: Any = None, rollout_is_weights=None):
     """(ICPO), without entropy and KL terms, which verl adds.
 
     old_log_prob, log_prob, advantages, response_mask: [B, T]. In off-policy rows old_log_prob is

@@ -136,7 +136,7 @@ def test_without_experts_the_loss_is_that_of_trl(make):
 
 
 def test_the_loss_of_a_mixed_batch_is_icpo_loss(make):
-    side = make()
+    side = make(shaping_lambda=0.1)
     batch, *_ = batch_of(side)
     side.current_gradient_accumulation_steps = 1
     loss, gradient = loss_and_gradient(side, side._compute_loss, batch)
@@ -147,7 +147,7 @@ def test_the_loss_of_a_mixed_batch_is_icpo_loss(make):
     mask = batch["completion_mask"]
     expected, _ = icpo.icpo_loss(
         logprobs, torch.where(off[:, None], old, logprobs.detach()), batch["advantages"], mask,
-        off, ref_logprobs=batch["ref_per_token_logps"], kl_coef=0.001)
+        off, ref_logprobs=batch["ref_per_token_logps"], kl_coef=0.001, shaping_lambda=0.1)
     assert off.any()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
     expected.backward()

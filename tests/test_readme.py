@@ -32,7 +32,11 @@ SCRIPTS = sorted([*ROOT.glob("*.py"), ROOT / "tiny/make.py", ROOT / "tests/golde
                   *ROOT.glob("benchmarks/*.py")])
 # Options that no script declares itself: argparse's and torchrun's.
 ELSEWHERE = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
-             "--max-restarts", "--shutdown-timeout"}
+             "--max-restarts", "--shutdown-timeout",
+             # slime's, in docs/losses.md
+             "--calculate-per-token-loss", "--custom-loss-function-path",
+             "--custom-reward-post-process-path", "--loss-type", "--use-kl-loss",
+             "--use-rollout-logprobs", "--use-tis"}
 HEADER = "response     R      Â  π_θ(·|q)  logprob  π_old  old logprob   r, r̂  f(r̂)   CLIP\n"
 ROW = re.compile(r"^(on-policy \d|off-policy) +(\d) +(?:leaves|\S+ +(\S+) +\S+ +(\S+) .*)$", re.M)
 

@@ -6,7 +6,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ from runs import (
     read_model,
     write_settings,
 )
+from trackers import Trackers, check_packages
 
 
 def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
@@ -115,6 +116,7 @@ class Run:
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
+    trackers: Trackers = field(default_factory=Trackers)   # rank 0 reports to them
 
     def whole_model(self) -> Transformer:
         """The model to sample with, see gather_model; where graphs refer to one, that one again."""
@@ -161,6 +163,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     check_settings(folder, saved or {}, o)
     on_main(lambda: check_fingerprint(folder, o) if saved else None)
     o.output_dir = str(folder)
+    on_main(lambda: check_packages(o.report_to))
     return_freed_memory(device)
 
     notes = Notes()
@@ -206,6 +209,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         require(run.start <= o.steps,
                 f"{folder} has made {run.start} steps already, more than --steps {o.steps}")
     on_main(lambda: write_settings(folder, o, run.start))
+    on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))
     return run
 
 

@@ -1,6 +1,9 @@
 """What a run reports of its steps: the rows of metrics.jsonl and samples.jsonl, and its end."""
 
+import contextlib
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -77,11 +80,20 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     }
 
 
-def step_bar(run: "Run") -> tqdm:
-    """The progress bar of training. Without a terminal there is none; write_rows prints lines."""
+@contextlib.contextmanager
+def step_bar(run: "Run") -> Iterator[tqdm]:
+    """The progress bar of training. Without a terminal there is none; write_rows prints lines.
+
+    An error in the `with` block ends the reports to the trackers, too.
+    """
     o = run.options
-    return tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method,
-                disable=not is_main() or not sys.stderr.isatty())
+    with tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method,
+              disable=not is_main() or not sys.stderr.isatty()) as bar:
+        try:
+            yield bar
+        except BaseException:
+            run.trackers.end(failed=True)
+            raise
 
 
 def _line(metrics: dict, steps: int) -> str:
@@ -128,10 +140,22 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             file = run.folder / f"skipped-step-{step}.jsonl"
             file.unlink(missing_ok=True)   # a run that was resumed may have left one
             append_lines(file, skipped)
+        run.trackers.step(metrics, samples)
         if not sys.stderr.isatty():
             print(_line(metrics, o.steps), file=sys.stderr, flush=True)
+        _show(samples, o.show_samples)
         if step <= 3:
             _warn(run, metrics)
+
+
+def _show(samples: list[dict], number: int) -> None:
+    """Prints so many of the rows of samples.jsonl, on- and off-policy responses in turn."""
+    on, off = ([row for row in samples if row["off_policy"] == kind] for kind in (False, True))
+    in_turn = [row for pair in itertools.zip_longest(on, off) for row in pair if row]
+    for row in in_turn[:number]:
+        kind = "off-policy" if row["off_policy"] else "on-policy"
+        tqdm.write(f"--- step {row['step']}, {kind}, reward {row['reward']:g}, to: "
+                   f"{row['problem']}\n{row['response']}", file=sys.stderr)
 
 
 def _warn(run: "Run", metrics: dict) -> None:
@@ -161,16 +185,18 @@ def read_accuracies(folder: Path) -> list[float]:
 
 
 def say_stopped(run: "Run", steps: int) -> None:
+    run.trackers.end()
     if is_main():
         print(f"stopped after step {steps} of {run.options.steps}; go on with: "
               f"{how_to_go_on(run.folder)}")
 
 
 def say_results(run: "Run", accuracies: list[float]) -> None:
-    """Draws the curves and says where everything is."""
+    """Draws the curves, ends the reports to the trackers, and says where everything is."""
     if not is_main():
         return
     draw([run.folder], run.folder / "curves.png")
+    run.trackers.end(run.folder / "curves.png")
     skipped = [row["skipped_updates"] for row in read_metrics(run.folder)
                if "skipped_updates" in row]
     if run.options.steps and all(skipped):

@@ -233,6 +233,10 @@ def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None
     require(model.stop_ids,
             f"{o.model} names no end-of-text token (eos_token in its tokenizer, or eos_token_id in "
             f"its generation_config.json), so no response would ever end")
+    require(min(model.stop_ids) < model.config.vocab_size,
+            f"the tokenizer of {o.model} has {len(tokenizer)} tokens and the model "
+            f"{model.config.vocab_size}; the end-of-text token, {min(model.stop_ids)}, is beyond "
+            f"them, so no response would ever end: give the model its own tokenizer")
     require(o.off_policy != "dataset" or tokenizer.eos_token_id is not None,
             f"the tokenizer of {o.model} has no eos_token, with which the data's expert responses "
             f"would end")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from curves import draw, read_metrics
 from distributed import Totals, barrier, gather_lists, is_main
 from files import append_lines
+from model_card import write_card
 from runs import how_to_go_on
 
 if TYPE_CHECKING:
@@ -176,6 +177,19 @@ def _warn(run: "Run", metrics: dict) -> None:
                    f"fit together", file=sys.stderr)
 
 
+def evaluation_row(found: dict[str, dict[str, float]], ending: str) -> dict[str, float]:
+    """The part of a row of metrics.jsonl about held-out problems.
+
+    found: what eval.accuracy_of gives, by the name of the data set; of several there is the mean
+    accuracy, and each one's own. ending: of the names.
+    """
+    row = {f"eval_accuracy{ending}": fmean(each["accuracy"] for each in found.values())}
+    for data, values in found.items():
+        part = f"/{data}" if len(found) > 1 else ""
+        row |= {f"eval_{name}{ending}{part}": value for name, value in values.items()}
+    return row
+
+
 def read_accuracies(folder: Path) -> list[float]:
     """The held-out accuracies of the steps made so far. Every process must call it."""
     accuracies = [row[name] for row in read_metrics(folder)
@@ -192,10 +206,11 @@ def say_stopped(run: "Run", steps: int) -> None:
 
 
 def say_results(run: "Run", accuracies: list[float]) -> None:
-    """Draws the curves, ends the reports to the trackers, and says where everything is."""
+    """Draws the curves, writes the model card, ends the reports, and says where everything is."""
     if not is_main():
         return
     draw([run.folder], run.folder / "curves.png")
+    write_card(run)
     run.trackers.end(run.folder / "curves.png")
     skipped = [row["skipped_updates"] for row in read_metrics(run.folder)
                if "skipped_updates" in row]

@@ -174,17 +174,17 @@ class Trackers:
 
     def step(self, metrics: dict, samples: list[dict]) -> None:
         """Reports a step. Names of metrics are those of metrics.jsonl; a name of the first step
-        that ends in _before is of step 0."""
+        that has _before is of step 0."""
         step = metrics["step"]
         given = {name: value for name, value in metrics.items()
                  if isinstance(value, (int, float)) and name != "step"}
-        before = {name: given.pop(name) for name in list(given) if name.endswith("_before")}
+        before = {name: given.pop(name) for name in list(given) if "_before" in name}
 
         def log(name: str, tracker) -> None:
             if step <= tracker.last:   # a run that was killed makes some steps again
                 return
             if before:
-                start = {each.removesuffix("_before"): value for each, value in before.items()}
+                start = {each.replace("_before", ""): value for each, value in before.items()}
                 tracker.log(step - 1, start, [])
             tracker.log(step, given, samples)
             self.state[name] = step

@@ -113,7 +113,6 @@ def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
     off.
     """
     groups = [records[i:i + samples] for i in range(0, len(records), samples)]
-    low, high = interval([fmean(r["score"] for r in group) for group in groups])
     right = [sum(r["score"] > 0 for r in group) for group in groups]
     pass_at = {f"pass@{k}": fmean(1 - math.comb(samples - c, k) / math.comb(samples, k)
                                   for c in right) for k in ks}
@@ -122,11 +121,17 @@ def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
     for group, given, votes in zip(groups, answers, count_votes(answers, timeout), strict=True):
         winner = given.index(max(votes, key=votes.__getitem__)) if votes else 0
         majority.append(group[winner]["score"])
-    return {"problems": len(groups), "accuracy": fmean(r["score"] for r in records), "low": low,
-            "high": high, **pass_at,
+    return {"problems": len(groups), **accuracy_of(records, samples), **pass_at,
             "majority": fmean(majority),
             "tokens": fmean(r["tokens"] for r in records),
             "truncated": fmean(not r["finished"] for r in records)}
+
+
+def accuracy_of(records: list[dict], samples: int) -> dict[str, float]:
+    """accuracy, low and high of `summarise` alone."""
+    scores = [record["score"] for record in records]
+    low, high = interval([fmean(scores[i:i + samples]) for i in range(0, len(scores), samples)])
+    return {"accuracy": fmean(scores), "low": low, "high": high}
 
 
 def interval(means: list[float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A decoder-only Transformer (Llama, Qwen2, Qwen3): the same weights and code sample and train.
+"""A decoder-only Transformer, whose weights and code both sample and train.
 
     model, tokenizer = load_model("Qwen/Qwen3-1.7B")          # or any Hugging Face folder
     logits = model(tokens)                                    # [B, T] -> [B, T, V]
@@ -7,7 +7,8 @@
     logprobs, entropy = response_logprobs(model, packing)     # [B, R] each
     save_model(model, tokenizer, "my-model")                  # transformers and vLLM load it
 
-Parameter names are those of Hugging Face checkpoints, so reading and writing one renames nothing.
+It reads and writes checkpoints of Llama 3, Qwen2.5, Qwen3, SmolLM2, SmolLM3, Mistral without a
+sliding window, and others of these architectures, and has their names of parameters.
 The class Transformer knows nothing of distribution (distributed.py) or processors (machine.py).
 
 Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads,
@@ -35,7 +36,7 @@ from distributed import barrier, full_tensor, is_main, own_rows, sharded_like
 from files import brief, naming, read_object
 from memory import LOGITS_CHUNK
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,6 +72,7 @@ class ModelConfig:
     out_bias: bool      # Llama and Qwen3 with attention_bias
     mlp_bias: bool
     qk_norm: bool       # Qwen3
+    nope_layers: tuple[int, ...] = ()   # of SmolLM3: layers without rotary embedding
 
     @classmethod
     def from_hf(cls, hf) -> "ModelConfig":
@@ -86,6 +88,9 @@ class ModelConfig:
         if getattr(hf, "use_sliding_window", False):
             raise ValueError("use_sliding_window: true is not supported; supported: full attention "
                              "in every layer")
+        if hf.model_type == "mistral" and hf.sliding_window is not None:
+            raise ValueError(f"sliding_window: {hf.sliding_window} is not supported; supported: "
+                             f"Mistral models whose sliding_window is null (from version 0.2 on)")
         # transformers 5 keeps all RoPE settings in rope_parameters; transformers 4 keeps them in
         # rope_theta and rope_scaling.
         rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
@@ -98,6 +103,7 @@ class ModelConfig:
             scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
                                   rope["original_max_position_embeddings"])
         attention_bias = getattr(hf, "attention_bias", False)
+        rotary = getattr(hf, "no_rope_layers", None) or ()   # a 1 for each layer that has it
         return cls(
             vocab_size=hf.vocab_size, hidden_size=hf.hidden_size,
             intermediate_size=hf.intermediate_size, num_layers=hf.num_hidden_layers,
@@ -110,7 +116,8 @@ class ModelConfig:
             tie_embeddings=hf.tie_word_embeddings,
             qkv_bias=hf.model_type == "qwen2" or attention_bias,
             out_bias=hf.model_type != "qwen2" and attention_bias,
-            mlp_bias=getattr(hf, "mlp_bias", False), qk_norm=hf.model_type == "qwen3")
+            mlp_bias=getattr(hf, "mlp_bias", False), qk_norm=hf.model_type == "qwen3",
+            nope_layers=tuple(layer for layer, has in enumerate(rotary) if not has))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,8 +412,10 @@ class Transformer(nn.Module):
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)        # [B or 1, 1, T, E/2]
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)      # [..., E]
+        rotation, none = (cos, sin), (torch.ones_like(cos), torch.zeros_like(sin))
         for number, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, layout_of(number))
+            chosen = none if number in self.config.nope_layers else rotation
+            x = block(x, *chosen, layout_of(number))
         return self.model.norm(x)
 
 
@@ -604,6 +613,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
         if not any((folder / name).is_file() for name in names):
             raise ValueError("there is no tokenizer.json, tokenizer.model or vocab.json")
+        for file in sorted(folder.glob("*token*.json")):   # transformers would not say which
+            read_object(file)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     model.hf_config = hf_config
     if (folder / "generation_config.json").is_file():
@@ -692,8 +703,11 @@ def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
         hf_config = type(model.hf_config).from_dict(model.hf_config.to_dict())
         hf_config.dtype = model.dtype
         hf_config.save_pretrained(aside)
-        if model.generation_config is not None:
-            text = json.dumps(model.generation_config, indent=2) + "\n"
+        generation = dict(model.generation_config or {})
+        if generation.get("eos_token_id") is None and model.stop_ids:
+            generation["eos_token_id"] = list(model.stop_ids)   # `generate` ends at no others
+        if generation:
+            text = json.dumps(generation, indent=2) + "\n"
             (aside / "generation_config.json").write_text(text)
         tokenizer.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):   # the library lets only the owner read them

@@ -413,6 +413,12 @@ class TrainingOptions(SharedOptions):
                       free=True)
     log_questions: Natural = _run(
         1, "questions a step whose responses go to samples.jsonl", free=True)
+    show_samples: Natural = _run(
+        0, "print so many of each step's responses in samples.jsonl, on- and off-policy in turn, "
+        "with their rewards", free=True)
+    report_to: list[Literal["none", "tensorboard", "wandb", "trackio"]] = _run(
+        ["none"], "trackers, one or several, that get the settings, metrics, responses and curves, "
+        "see docs/trackers.md", free=True)
 
 
 @dataclass
@@ -562,6 +568,8 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
             setattr(o, name, value)
     check_ranges(o)
     vars(o).update(with_absolute_paths(vars(o)))
+    require(o.report_to == ["none"] or "none" not in o.report_to,
+            f"--report-to {' '.join(o.report_to)}: none stands alone")
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
     o.lr_decay_steps = o.lr_decay_steps or o.steps

@@ -6,7 +6,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ from runs import (
     read_model,
     write_settings,
 )
+from trackers import Trackers, check_packages
 
 
 def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
@@ -116,6 +117,7 @@ class Run:
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
+    trackers: Trackers = field(default_factory=Trackers)   # rank 0 reports to them
 
     def begin(self, step: int) -> None:
         """Before step `step`, from 0 on."""
@@ -168,6 +170,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     check_settings(folder, saved or {}, o)
     on_main(lambda: check_fingerprint(folder, o) if saved else None)
     o.output_dir = str(folder)
+    on_main(lambda: check_packages(o.report_to))
     return_freed_memory(device)
 
     notes = Notes()
@@ -214,6 +217,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         require(run.start <= o.steps,
                 f"{folder} has made {run.start} steps already, more than --steps {o.steps}")
     on_main(lambda: write_settings(folder, o, run.start))
+    on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))
     return run
 
 
@@ -237,6 +241,10 @@ def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None
     require(model.stop_ids,
             f"{o.model} names no end-of-text token (eos_token in its tokenizer, or eos_token_id in "
             f"its generation_config.json), so no response would ever end")
+    require(min(model.stop_ids) < model.config.vocab_size,
+            f"the tokenizer of {o.model} has {len(tokenizer)} tokens and the model "
+            f"{model.config.vocab_size}; the end-of-text token, {min(model.stop_ids)}, is beyond "
+            f"them, so no response would ever end: give the model its own tokenizer")
     require(o.off_policy != "dataset" or tokenizer.eos_token_id is not None,
             f"the tokenizer of {o.model} has no eos_token, with which the data's expert responses "
             f"would end")

@@ -1,6 +1,9 @@
 """What a run reports of its steps: the rows of metrics.jsonl and samples.jsonl, and its end."""
 
+import contextlib
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +14,7 @@ from tqdm import tqdm
 from curves import draw, read_metrics
 from distributed import Totals, barrier, gather_lists, is_main
 from files import append_lines
+from model_card import write_card
 from runs import how_to_go_on
 
 if TYPE_CHECKING:
@@ -79,11 +83,20 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     }
 
 
-def step_bar(run: "Run") -> tqdm:
-    """The progress bar of training. Without a terminal there is none; write_rows prints lines."""
+@contextlib.contextmanager
+def step_bar(run: "Run") -> Iterator[tqdm]:
+    """The progress bar of training. Without a terminal there is none; write_rows prints lines.
+
+    An error in the `with` block ends the reports to the trackers, too.
+    """
     o = run.options
-    return tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method,
-                disable=not is_main() or not sys.stderr.isatty())
+    with tqdm(total=o.steps, initial=run.start, unit="step", desc=o.method,
+              disable=not is_main() or not sys.stderr.isatty()) as bar:
+        try:
+            yield bar
+        except BaseException:
+            run.trackers.end(failed=True)
+            raise
 
 
 def show(bar: tqdm, metrics: dict, accuracies: list[float]) -> None:
@@ -135,10 +148,22 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             file = run.folder / f"skipped-step-{step}.jsonl"
             file.unlink(missing_ok=True)   # a run that was resumed may have left one
             append_lines(file, skipped)
+        run.trackers.step(metrics, samples)
         if not sys.stderr.isatty():
             print(_line(metrics, o.steps), file=sys.stderr, flush=True)
+        _show(samples, o.show_samples)
         if step <= 3:
             _warn(run, metrics)
+
+
+def _show(samples: list[dict], number: int) -> None:
+    """Prints so many of the rows of samples.jsonl, on- and off-policy responses in turn."""
+    on, off = ([row for row in samples if row["off_policy"] == kind] for kind in (False, True))
+    in_turn = [row for pair in itertools.zip_longest(on, off) for row in pair if row]
+    for row in in_turn[:number]:
+        kind = "off-policy" if row["off_policy"] else "on-policy"
+        tqdm.write(f"--- step {row['step']}, {kind}, reward {row['reward']:g}, to: "
+                   f"{row['problem']}\n{row['response']}", file=sys.stderr)
 
 
 def _warn(run: "Run", metrics: dict) -> None:
@@ -159,6 +184,19 @@ def _warn(run: "Run", metrics: dict) -> None:
                    f"fit together", file=sys.stderr)
 
 
+def evaluation_row(found: dict[str, dict[str, float]], ending: str) -> dict[str, float]:
+    """The part of a row of metrics.jsonl about held-out problems.
+
+    found: what eval.accuracy_of gives, by the name of the data set; of several there is the mean
+    accuracy, and each one's own. ending: of the names.
+    """
+    row = {f"eval_accuracy{ending}": fmean(each["accuracy"] for each in found.values())}
+    for data, values in found.items():
+        part = f"/{data}" if len(found) > 1 else ""
+        row |= {f"eval_{name}{ending}{part}": value for name, value in values.items()}
+    return row
+
+
 def read_accuracies(folder: Path) -> list[float]:
     """The held-out accuracies of the steps made so far. Every process must call it."""
     accuracies = [row[name] for row in read_metrics(folder)
@@ -168,16 +206,19 @@ def read_accuracies(folder: Path) -> list[float]:
 
 
 def say_stopped(run: "Run", steps: int) -> None:
+    run.trackers.end()
     if is_main():
         print(f"stopped after step {steps} of {run.options.steps}; go on with: "
               f"{how_to_go_on(run.folder)}")
 
 
 def say_results(run: "Run", accuracies: list[float]) -> None:
-    """Draws the curves and says where everything is."""
+    """Draws the curves, writes the model card, ends the reports, and says where everything is."""
     if not is_main():
         return
     draw([run.folder], run.folder / "curves.png")
+    write_card(run)
+    run.trackers.end(run.folder / "curves.png")
     skipped = [row["skipped_updates"] for row in read_metrics(run.folder)
                if "skipped_updates" in row]
     if run.options.steps and all(skipped):

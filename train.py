@@ -24,7 +24,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ import runs
 from curves import draw
 from data import Problem, Question, Response, epoch_order
 from distributed import gather_objects, is_main, world_size
-from eval import evaluate
+from eval import accuracy_of, evaluate
 from machine import prepare_gradients
 from model_utils import pack, response_logprobs, save_model, to_rows
 from options import end_with_mistake
@@ -286,13 +285,14 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
 # --------------------------------------------------------------------------------------------------
 # The run around it
 
-def held_out_accuracy(run: Run) -> dict[str, float]:
-    """The mean score of answers to the problems of each --test-data, asked plainly."""
+def held_out_accuracy(run: Run) -> dict[str, dict[str, float]]:
+    """accuracy_of the answers to the problems of each --test-data, asked plainly."""
     o, model = run.options, run.whole_model()
-    return {name: fmean(record["score"] for record in evaluate(
+    return {name: accuracy_of(evaluate(
         model, run.builder, problems, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,
         temperature=o.eval_temperature, top_p=o.eval_top_p, top_k=o.eval_top_k, seed=o.seed,
-        sampler=run.sampler, scorer=run.scorer)) for name, problems in run.held_out.items()}
+        sampler=run.sampler, scorer=run.scorer), o.eval_samples)
+        for name, problems in run.held_out.items()}
 
 
 def train(run: Run) -> None:
@@ -305,12 +305,11 @@ def train(run: Run) -> None:
         def evaluate_now(step: int) -> dict[str, float]:
             say("evaluating")
             stop.at_once = step == 0   # nothing is lost then
-            found = held_out_accuracy(run)
+            ending = "" if step else "_before"
+            found = report.evaluation_row(held_out_accuracy(run), ending)
             stop.at_once = False
-            accuracies.append(fmean(found.values()))
-            name = "eval_accuracy" if step else "eval_accuracy_before"
-            return {name: accuracies[-1]} | {
-                f"{name}/{each}": share for each, share in found.items() if len(found) > 1}
+            accuracies.append(found[f"eval_accuracy{ending}"])
+            return found
 
         for step in range(run.start, o.steps):
             before = evaluate_now(0) if step == 0 and o.eval_every else {}

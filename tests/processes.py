@@ -40,10 +40,13 @@ def _serve(root: str, script: str, arguments: list[str], environment: dict[str, 
 
 
 class Script:
-    """A script of the checkout `root` that runs in `processes` processes, as under torchrun."""
+    """A script of the checkout `root` that runs in `processes` processes, as under torchrun.
+
+    environment: variables that differ from those of the first script's start.
+    """
 
     def __init__(self, script: str, *arguments, processes: int = 1, cwd: Path | str = ".",
-                 root: Path = ROOT):
+                 root: Path = ROOT, environment: dict[str, str] | None = None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -55,7 +58,8 @@ class Script:
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
                 LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
             self.ranks.append(_context.Process(target=_serve, args=(
-                str(root), script, self.command[1:], {"CUDA_VISIBLE_DEVICES": ""} | group,
+                str(root), script, self.command[1:],
+                {"CUDA_VISIBLE_DEVICES": ""} | group | (environment or {}),
                 str(Path(cwd).resolve()), f"{self.folder.name}/{rank}")))
             self.ranks[-1].start()
 

@@ -151,7 +151,8 @@ def copy_of_tiny(folder, **files):
     return folder
 
 
-@pytest.mark.parametrize("name", ["config", "generation_config", "model.safetensors.index"])
+@pytest.mark.parametrize("name", ["config", "generation_config", "model.safetensors.index",
+                                  "tokenizer", "tokenizer_config"])
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_model_folders_with_files_that_do_not_parse(tmp_path, name, text):
     folder = copy_of_tiny(tmp_path / "model", **{name: text})
@@ -178,6 +179,18 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, capsys):
     assert trainer.prepare([*map(str, arguments), "--instruction", ""])   # it is not used
     said = mistake([*arguments[:2], "--instruction", "What"], capsys)
     assert "the tokenizer makes the token 'What', 106, but the model's vocabulary has 106" in said
+
+
+def test_an_end_of_text_token_beyond_the_vocabulary(tmp_path, capsys):
+    folder = copy_of_tiny(tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    tokenizer.save_pretrained(folder)
+    said = mistake(["--model", folder, "--output-dir", tmp_path / "run"], capsys)
+    assert "has 107 tokens and the model 106; the end-of-text token, 106, is beyond them" in said
 
 
 @pytest.mark.parametrize("template, words", [

@@ -7,6 +7,7 @@ import platform
 import random
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -20,11 +21,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 import machine
@@ -54,7 +58,8 @@ def offline(monkeypatch):
 
 
 def make_config(family="qwen3", **changes):
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+            "smollm3": SmolLM3Config, "mistral": MistralConfig}[family]
     shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                  bos_token_id=None, eos_token_id=None)
@@ -110,6 +115,12 @@ def random_tokens(*shape, vocab=V, seed=0):
     ("qwen3", dict(num_key_value_heads=4, head_dim=8, attention_bias=True)),
     ("qwen3", dict(head_dim=16, rope_parameters=LLAMA3_SCALING | {"rope_theta": 1e3},
                    hidden_size=64)),
+    ("smollm3", dict(pad_token_id=None)),   # no layer of two is without rotary embedding
+    ("smollm3", dict(pad_token_id=None, num_hidden_layers=4)),   # the fourth is
+    ("smollm3", dict(pad_token_id=None, num_hidden_layers=3, no_rope_layers=[0, 1, 0],
+                     attention_bias=True, mlp_bias=True)),
+    ("mistral", dict(sliding_window=None)),
+    ("mistral", dict(sliding_window=None, num_key_value_heads=4, head_dim=16)),
 ], ids=str)
 def test_logits_and_greedy_generation_equal_those_of_transformers(family, changes, tmp_path):
     hf = make_folder(tmp_path, make_config(family, **changes))
@@ -122,6 +133,107 @@ def test_logits_and_greedy_generation_equal_those_of_transformers(family, change
                            max_new_tokens=64, pad_token_id=0)[:, 7:].tolist()
     completions = generate(model, prompts.tolist(), temperature=0, max_new_tokens=64)
     assert [c.tokens for c in completions] == expected
+
+
+# config.json of these checkpoints as the hub has them, but for sizes, which are small, and what has
+# no effect on the model. Those of transformers 4 name the type torch_dtype, and RoPE's settings
+# rope_theta and rope_scaling.
+CHECKPOINTS = {
+    "Llama-3.1-8B": dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=False,
+        hidden_act="silu", mlp_bias=False, num_attention_heads=4, num_key_value_heads=1,
+        pretraining_tp=1, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
+        rope_scaling=LLAMA3_SCALING),
+    "Llama-3.2-1B": dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=False, head_dim=16,
+        hidden_act="silu", mlp_bias=False, num_attention_heads=4, num_key_value_heads=1,
+        rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
+        rope_scaling=LLAMA3_SCALING | {"factor": 32.0}),
+    "Qwen2.5-1.5B": dict(
+        model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu",
+        max_window_layers=2, num_attention_heads=6, num_key_value_heads=1, hidden_size=48,
+        rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=131072, tie_word_embeddings=True,
+        use_mrope=False, use_sliding_window=False),
+    "Qwen3-1.7B": dict(
+        model_type="qwen3", architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=16,
+        hidden_act="silu", max_window_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+        tie_word_embeddings=True, use_sliding_window=False),
+    "SmolLM2-135M": dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=False,
+        hidden_act="silu", is_llama_config=True, mlp_bias=False, num_attention_heads=3,
+        num_key_value_heads=1, hidden_size=48, rms_norm_eps=1e-5, rope_interleaved=False,
+        rope_scaling=None, rope_theta=100000, tie_word_embeddings=True),
+    "SmolLM3-3B": dict(
+        model_type="smollm3", architectures=["SmolLM3ForCausalLM"], attention_bias=False,
+        hidden_act="silu", layer_types=["full_attention"] * 8, max_window_layers=8, mlp_bias=False,
+        no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0, 1, 1, 1, 0], num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=1, pad_token_id=4, rms_norm_eps=1e-6,
+        rope_scaling=None, rope_theta=5000000.0, sliding_window=None, tie_word_embeddings=True,
+        use_sliding_window=False),
+    "Mistral-7B-v0.3": dict(
+        model_type="mistral", architectures=["MistralForCausalLM"], hidden_act="silu",
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=1000000.0,
+        sliding_window=None, tie_word_embeddings=False),
+    "Mistral-Nemo-2407": dict(   # heads are wider than the hidden size divided by their number
+        model_type="mistral", architectures=["MistralForCausalLM"], head_dim=16, hidden_act="silu",
+        num_attention_heads=4, num_key_value_heads=1, rms_norm_eps=1e-5, rope_theta=1000000.0,
+        sliding_window=None, tie_word_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_load_train_and_are_written(name, tmp_path):
+    """Weights at random; logits, log-probabilities of a packing, and the folder that is written."""
+    sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 max_position_embeddings=131072, bos_token_id=1, eos_token_id=[STOP, 7],
+                 torch_dtype="bfloat16", transformers_version="4.45.0")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(sizes | CHECKPOINTS[name]))
+    config = AutoConfig.from_pretrained(tmp_path / "hub")
+    make_folder(tmp_path / "a", config, dtype=torch.float32)
+    shutil.copy(tmp_path / "hub" / "config.json", tmp_path / "a")   # that of transformers 4
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    model, tokenizer = load_model(tmp_path / "a")
+    tokens = random_tokens(2, 80)
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        assert_close(model(tokens), expected, atol=1e-4, rtol=0)
+        rows = tokens.tolist()
+        logprobs, _ = response_logprobs(model, pack([row[:40] for row in rows],
+                                                    [row[40:] for row in rows]))
+        wanted = expected[:, 39:-1].log_softmax(-1).gather(-1, tokens[:, 40:, None])[..., 0]
+        assert_close(logprobs, wanted, atol=1e-4, rtol=0)
+    save_model(model, tokenizer, tmp_path / "b")
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "b", output_loading_info=True)
+    again, report = found
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert again.config.architectures == config.architectures
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "gemma",
+                                    "gemma2", "gemma3_text", "phi", "phi3", "ministral", "gpt_oss",
+                                    "olmo2", "granite", "deepseek_v3"])
+def test_other_architectures_are_refused_by_name(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ValueError, match=f"architecture '{family}' is not supported; supported: "
+                                         f"llama, qwen2, qwen3, smollm3, mistral$"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family, changes, words", [
+    ("mistral", dict(sliding_window=4096), "sliding_window: 4096 is not supported; .*null"),
+    ("mistral", {}, "sliding_window: 4096 is not supported"),   # as in version 0.1
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window: true is not supported"),
+    ("qwen3", dict(use_sliding_window=True), "use_sliding_window: true is not supported"),
+    ("smollm3", dict(use_sliding_window=True, sliding_window=64), "use_sliding_window: true"),
+])
+def test_a_sliding_window_is_refused(family, changes, words, tmp_path):
+    make_config(family, **changes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json: {words}"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])

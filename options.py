@@ -399,6 +399,9 @@ class TrainingOptions(SharedOptions):
     eval_top_p: Share = _eval(1.0, "as --top-p, in the evaluation")
     eval_top_k: Natural = _eval(0, "as --top-k, in the evaluation; 0 is all")
 
+    keep_best: bool = _eval(True, "write the model to best/ whenever its held-out accuracy is the "
+                            "highest so far after a step", free=True)
+
     dtype: DType = _run("float32", "to compute in; master weights are float32")
     output_dir: str = _run(
         "", "folder of the run; by default runs/METHOD-seedN, numbered if that exists", free=True)
@@ -471,14 +474,14 @@ _METHOD = dict(off_policy="demonstrations", errs=True, rs=False, shaping=True, s
                off_policy_denominator="behaviour")
 # The settings of each method, unless the option is given. icpo-rs is ICPO† of the paper;
 # ICPO† − ERRS is icpo with --errs false.
+_LUFFY = _METHOD | dict(off_policy="dataset", errs=False, shaping_lambda=0.1,
+                        off_policy_denominator="one")
 METHODS = {
     "grpo": _METHOD | dict(off_policy="none", errs=False, shaping=False),
-    "luffy": _METHOD | dict(off_policy="dataset", errs=False, shaping_lambda=0.1,
-                            off_policy_denominator="one"),
+    "luffy": _LUFFY, "luffy-release": _LUFFY,   # and LUFFY_RELEASE
     "icpo": _METHOD,
     "icpo-rs": _METHOD | dict(rs=True),
 }
-METHODS["luffy-release"] = METHODS["luffy"]
 # What LUFFY's scripts set beside its method: 8 responses, one of them the expert's, no division by
 # the standard deviation, no clip, no KL term. Options that are given override these.
 LUFFY_RELEASE = dict(n_on=7, group="append", advantage_std=False, loss_aggregation="fixed",

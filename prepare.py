@@ -41,7 +41,7 @@ from distributed import (
 )
 from machine import free_memory, own_memory, return_freed_memory
 from memory import CONTEXT, Plan, bytes_per_slot, needs_group
-from model_utils import Transformer, load_model
+from model_utils import Transformer, load_model, save_model
 from options import (
     PAPER,
     EvaluationOptions,
@@ -68,6 +68,7 @@ from runs import (
     give_back,
     load_checkpoint,
     read_model,
+    remove,
     write_settings,
 )
 from trackers import Trackers, check_packages
@@ -128,6 +129,14 @@ class Run:
     def whole_model(self) -> Transformer:
         """The model to sample with, see gather_model; where graphs refer to one, that one again."""
         return gather_model(self.model, getattr(torch, self.options.dtype), self.sampler.model())
+
+    def save(self, name: str) -> None:
+        """Writes the model as a Hugging Face folder in the run's, in place of an earlier one.
+
+        Every process must call it.
+        """
+        remove(self.folder / name)
+        save_model(self.model, self.builder.tokenizer, self.folder / name)
 
     def final_answer(self, response: str) -> str | None:
         return extract_answer(response, self.options.answer_format)

@@ -575,7 +575,7 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
 def default_output(model: str) -> Path:
     """eval.jsonl in the run that is evaluated, or evals/MODEL.jsonl for another model."""
     folder = Path(model)
-    if folder.name == "final":
+    if folder.name in ("final", "best"):
         folder = folder.parent
     elif folder.parent.name == "checkpoints":
         folder = folder.parent.parent

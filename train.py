@@ -38,7 +38,7 @@ from data import Problem, Question, Response, epoch_order
 from distributed import gather_objects, is_main, world_size
 from eval import accuracy_of, evaluate
 from machine import prepare_gradients
-from model_utils import pack, response_logprobs, save_model, to_rows
+from model_utils import pack, response_logprobs, to_rows
 from options import end_with_mistake
 from own_reward import RewardError
 from prepare import Run, prepare
@@ -317,6 +317,8 @@ def train(run: Run) -> None:
             last = step + 1 == o.steps
             if o.eval_every and (last or (step + 1) % o.eval_every == 0):
                 before |= evaluate_now(step + 1)
+                if o.keep_best and accuracies[-1] > max(accuracies[1:-1], default=-math.inf):
+                    run.save("best")
             report.write_rows(run, batch, metrics | before)
             report.show(bar, metrics, accuracies)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
@@ -340,8 +342,7 @@ def train(run: Run) -> None:
     if stopped:
         report.say_stopped(run, step + 1)
     else:
-        runs.remove(run.folder / "final")   # of a shorter run that --resume --steps made longer
-        save_model(run.model, run.builder.tokenizer, run.folder / "final")
+        run.save("final")
         report.say_results(run, accuracies)
 
 

@@ -3,6 +3,7 @@
     python benchmarks/reproduce.py             # the systems, five seeds each, in two settings
     python benchmarks/reproduce.py --sweep     # also the choices that the paper leaves open
     python benchmarks/reproduce.py --quick     # every part once, with few steps
+    python benchmarks/reproduce.py --systems GRPO ICPO "ICPO where all are wrong"
 
 The settings are two models made from the embedded one. Plain sampling almost never finds the worked
 solution with `rare` (exploration is the bottleneck) and often finds it with `often`. Both models
@@ -49,6 +50,8 @@ TRAIN = "--learning-rate 1e-4"   # At twice the default rate, few steps are enou
 LONGER = {"longer": (9, 10), "longest": (11, 12)}   # The training has problems of 5 to 8 numbers.
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo",
            "ICPO†": "--method icpo-rs", "ICPO† − ERRS": "--method icpo --errs false"}
+# Not of the paper: off-policy responses only where all plain ones are wrong.
+SPARING = {"ICPO where all are wrong": "--method icpo --off-policy-when all-wrong"}
 SAME = {"ICPO† − RS": "ICPO", "ICPO† − IEF": "GRPO"}   # The paper defines these as the same method.
 PAPER = {"GRPO": 62.37, "ICPO": 65.78, "ICPO†": 66.51, "ICPO† − ERRS": 64.99, "ICPO† − RS": 65.78,
          "ICPO† − IEF": 63.76}
@@ -206,6 +209,43 @@ def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]
     return lines
 
 
+def tokens_until(folder: Path) -> dict[int, float]:
+    """Returns step -> tokens sampled in training until its end."""
+    total, found = 0.0, {0: 0.0}
+    for row in read_metrics(folder):
+        total += row["tokens_sampled"]
+        found[row["step"]] = total
+    return found
+
+
+def draw_tokens(runs: dict[str, list[Path]], output: Path) -> list[str]:
+    """Draws held-out accuracy against the tokens sampled in training, means over seeds, and returns
+    a line per system: tokens in all, and until it reaches GRPO's accuracy at the end."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    curves = {}
+    for number, (name, folders) in enumerate(runs.items()):
+        accuracies = [series(read_metrics(folder), "eval_accuracy") for folder in folders]
+        tokens = [tokens_until(folder) for folder in folders]
+        steps = sorted(set.intersection(*map(set, accuracies)))
+        curves[name] = [(fmean(each[step] for each in tokens),
+                         fmean(each[step] for each in accuracies)) for step in steps]
+        axis.plot([1e-3 * x for x, _ in curves[name]], [100 * y for _, y in curves[name]],
+                  color=COLOURS[number % len(COLOURS)], label=name, marker="o", markersize=3)
+    axis.set(xlabel="thousand tokens sampled in training", ylabel="held-out accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+    goal = curves["GRPO"][-1][1] if "GRPO" in curves else None
+    lines = []
+    for name, curve in curves.items():
+        line = f"- {name}: {1e-3 * curve[-1][0]:,.0f} thousand tokens sampled"
+        reached = next((x for x, y in curve if goal is not None and y >= goal), None)
+        lines.append(line + (f", {1e-3 * reached:,.0f} thousand until the evaluation that first "
+                             f"reaches GRPO's accuracy at the end" if reached is not None else ""))
+    return lines
+
+
 def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> None:
     """Draws a bar with its interval and its runs for every system and every measure but the last,
     which is about 0 everywhere."""
@@ -241,8 +281,8 @@ def main() -> None:
         "runs/reproduce-quick with --quick)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
         help="settings to run (default: both)")
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS),
-        help="systems to train (default: all)")
+    add("--systems", nargs="+", choices=SYSTEMS | SPARING, default=list(SYSTEMS),
+        help="systems to train (default: those of the paper)")
     add("--sweep", action="store_true", help="also train with choices that the paper leaves open")
     add("--seeds", type=int, help="runs of each system (default: 5, with --quick 1)")
     add("--steps", type=int, help="training steps of each run (default: 60, with --quick 5)")
@@ -271,7 +311,7 @@ def main() -> None:
         if not (o.output_dir / f"{name}.jsonl").is_file():
             write_jsonl(o.output_dir / f"{name}.jsonl",
                         make_problems(Random(f"{name} problems"), 256, terms, set()))
-    systems = {name: SYSTEMS[name] for name in o.systems}
+    systems = {name: (SYSTEMS | SPARING)[name] for name in o.systems}
     variants = CHOICES if o.sweep or o.quick else {}
     jobs = [Job(setting, name, seed, options,
                 o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
@@ -345,6 +385,8 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         draw_groups({name: [read_metrics(folder) for folder in done[name].values()]
                      for name in systems if name in done}, PANELS,
                     o.output_dir / f"{setting}-curves.png")
+        lines += ["", *draw_tokens({name: list(done[name].values()) for name in systems
+                                    if name in done}, o.output_dir / f"{setting}-tokens.png")]
         draw_bars(table, f"Setting '{setting}'", o.output_dir / f"{setting}-systems.png")
         swept = {name: results[name] for name in ("ICPO†", *variants) if name in results}
         if len(swept) > 1:

@@ -305,10 +305,10 @@ def test_curves_name_the_systems_and_their_legend_covers_no_line(tmp_path, monke
         (tmp_path / method).mkdir()
         (tmp_path / method / "config.yaml").write_text(f"method: {method}\n")
         (tmp_path / method / "metrics.jsonl").write_text('{"step": 1, "reward_on": 0.5}\n')
-    for count in (1, 2, 4):
+    for count in (1, 2, 5):
         runs = [tmp_path / method for method in METHODS][-count:]
         _, names = drawn(monkeypatch, curves, runs, tmp_path / "out.png")
-        assert names == ["GRPO", "LUFFY", "ICPO", "ICPO†"][-count:]
+        assert names == ["GRPO", "LUFFY", "LUFFY (release)", "ICPO", "ICPO†"][-count:]
 
 
 def test_curves_are_read_summarised_and_drawn(tmp_path):

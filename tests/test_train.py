@@ -396,6 +396,24 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
     assert len(batch) == 20 and all(len(row["tokens"]) == len(row["old_logprobs"]) for row in batch)
 
 
+def test_the_best_model_is_kept_beside_the_last(tmp_path, monkeypatch):
+    """Before step 1, and after it, ...: the accuracy of step 2 is the highest, and that of step 4
+    is equal."""
+    accuracies = iter([0.9, 0.2, 0.6, 0.4, 0.6])
+    monkeypatch.setattr(trainer, "held_out_accuracy", lambda run: {
+        "tiny": {"accuracy": next(accuracies), "low": 0.0, "high": 1.0}})
+    run = prepare(tmp_path / "run", "--eval-every", "1", "--checkpoint-every", "1",
+                  "--keep-checkpoints", "4")
+    trainer.train(run)
+    best, second, last = (
+        load_any_model(str(run.folder / part), torch.device("cpu"), torch.float32)[0].head
+        for part in ("best", "checkpoints/step-2", "final"))
+    assert torch.equal(best, second) and not torch.equal(best, last)
+    monkeypatch.undo()
+    trainer.train(prepare(tmp_path / "without", "--keep-best", "false", "--steps", "2"))
+    assert not (tmp_path / "without" / "best").exists()
+
+
 def test_a_run_is_repeated_from_its_config(whole_run, tmp_path):
     trainer.train(trainer.prepare(
         [str(whole_run / "config.yaml"), "--output-dir", str(tmp_path / "again")]))
@@ -512,7 +530,7 @@ def test_a_run_in_bfloat16_is_resumed_in_bfloat16(tmp_path):
 def test_a_run_folder_holds_all_files_and_metrics(whole_run):
     assert {path.name for path in whole_run.iterdir()} == {
         "config.yaml", "fingerprint.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "final",
-        "curves.png"}
+        "best", "curves.png"}
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     promised = {"reward_on", "reward_off", "errs_accept_rate", "bonus", "entropy", "clip_fraction",

@@ -17,6 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 
+from options import PAPER, EvaluationOptions, OptionParser, end_with_mistake, samples_of
+
+ABOUT = "Accuracy of a model with 0 or more demonstrations in its context."
+if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
+    OptionParser(EvaluationOptions, ABOUT).parse(sys.argv[1:])
+
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -24,7 +30,6 @@ from data import Demonstrations, Problem, PromptBuilder
 from distributed import gather_objects, is_main, my_share, on_main, world_size
 from files import append_lines, read_object, write_object
 from model_utils import Transformer
-from options import PAPER, EvaluationOptions, OptionParser, end_with_mistake, samples_of
 from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import count_votes, extract_answer, make_scorer
@@ -231,7 +236,7 @@ def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
 
 def main() -> None:
     outlive_readers()
-    o = OptionParser(EvaluationOptions, str(__doc__).split("\n")[0]).parse(sys.argv[1:])
+    o = OptionParser(EvaluationOptions, ABOUT).parse(sys.argv[1:])
     found = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts as Ctrl-C
     try:

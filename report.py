@@ -205,6 +205,12 @@ def read_accuracies(folder: Path) -> list[float]:
     return accuracies
 
 
+def draw_curves(run: "Run", last: bool) -> None:
+    """Draws the curves of a run that goes on; say_results draws those of one that ends."""
+    if is_main() and not last:
+        draw([run.folder], run.folder / "curves.png")
+
+
 def say_stopped(run: "Run", steps: int) -> None:
     run.trackers.end()
     if is_main():

@@ -48,6 +48,7 @@ from options import (
     settings_that_stay,
     with_absolute_paths,
 )
+from own_reward import RewardError
 
 # DCP says this in a run of one process, which needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
@@ -467,11 +468,10 @@ def how_to_go_on(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def messages_on_exit(folder: Path, reward_error: type[Exception]):
+def messages_on_exit(folder: Path):
     """Turns the errors of a run in this folder into a message and an exit status.
 
-    Where other processes would wait for this one, it ends at once. reward_error: the error of the
-    user's own reward.
+    Where other processes would wait for this one, it ends at once.
     """
     go_on = how_to_go_on(folder)
     try:
@@ -484,7 +484,7 @@ def messages_on_exit(folder: Path, reward_error: type[Exception]):
         os._exit(0)   # at once, because the signal may have reached one process alone
     except NotFinite as error:
         sys.exit(f"train.py: error: {error}" if is_main() else 1)
-    except reward_error as error:
+    except RewardError as error:
         print(f"train.py: error: {error}. When it is mended, go on with: {go_on}", file=sys.stderr)
         os._exit(1)
     except (OSError, CheckpointException, SafetensorError) as error:

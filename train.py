@@ -26,6 +26,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from options import end_with_mistake, parse_training
+
+if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
+    parse_training(sys.argv[1:])
+
 import torch
 from torch import Tensor
 
@@ -33,14 +38,11 @@ import distributed
 import icpo
 import report
 import runs
-from curves import draw
 from data import Problem, Question, Response, epoch_order
-from distributed import gather_objects, is_main, world_size
+from distributed import gather_objects, world_size
 from eval import accuracy_of, evaluate
 from machine import prepare_gradients
 from model_utils import pack, response_logprobs, to_rows
-from options import end_with_mistake
-from own_reward import RewardError
 from prepare import Run, prepare
 from rollout import Work, generate
 
@@ -116,10 +118,7 @@ def draw_questions(run: Run, step: int) -> list[Question]:
 
 def sample_responses(run: Run, questions: list[Question], step: int,
                      say: Callable[[str], Any] = lambda text: None) -> list[Response]:
-    """Step 2: N_on responses of π_θold(·|q) to each question, and N_off off-policy ones.
-
-    With --off-policy-when all-wrong, questions with a response right by δ get none of the latter.
-    """
+    """Step 2: N_on responses of π_θold(·|q) to each question, and N_off off-policy ones."""
     o, solved = run.options, set()
     demo = [(q, j, prompt) for q in questions for j, (_, prompt) in enumerate(q.demos)]
     text = functools.partial(run.builder.response_text, stop_ids=run.model.stop_ids)
@@ -146,7 +145,7 @@ def sample_responses(run: Run, questions: list[Question], step: int,
 
     with behaviour_policy(run) as model:
         responses = sample(questions, demo if o.off_policy_when == "always" else [])
-        if o.off_policy_when == "all-wrong":
+        if o.off_policy_when == "all-wrong":   # a question with a right response gets none
             rewards = score_responses(run, responses).tolist()
             solved = {r.question.index for r, R in zip(responses, rewards) if R >= o.delta}
             responses += sample([], [each for each in demo if each[0].index not in solved])
@@ -330,8 +329,7 @@ def train(run: Run) -> None:
                 say("saving")
                 runs.save_checkpoint(run.folder, run.model, run.optimizer, step + 1,
                                      o.keep_checkpoints)
-                if is_main() and not last:   # report.say_results draws the last time
-                    draw([run.folder], run.folder / "curves.png")
+                report.draw_curves(run, last)
             bar.update()
             if stopped and not last:
                 say("stopped")
@@ -352,7 +350,7 @@ def main() -> None:
         run = prepare(sys.argv[1:])
     except ValueError as error:
         end_with_mistake("train.py", error)
-    with runs.messages_on_exit(run.folder, RewardError):
+    with runs.messages_on_exit(run.folder):
         train(run)
 
 

@@ -119,6 +119,8 @@ def test_advantages_match_hand_calculation():
     # The biased variances are 2/9 and 1/4.
     biased = group_advantages(rewards, group, eps=0.0, unbiased=False)
     torch.testing.assert_close(biased[:2], tensor([2 / 3 / math.sqrt(2 / 9), 1.0], dtype=F64))
+    centred = group_advantages(rewards, group, divide=False)
+    torch.testing.assert_close(centred, tensor([2 / 3, 0.5, -1 / 3, -0.5, -1 / 3], dtype=F64))
 
 
 def test_rows_outside_keep_do_not_count():
@@ -192,6 +194,17 @@ def test_clip_obeys_its_options():
     for bad in (dict(clip_low=1.5), dict(clip_high=-0.1), dict(dual_clip=0.5)):
         with pytest.raises(ValueError):
             clip(ratio, A, **bad)
+
+
+def test_weights_aggregate_the_loss():
+    """A row of 1 token with A = 2 and one of 3 tokens with A = −1; every ratio is 1."""
+    mask = tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    arguments = torch.zeros(2, 3), torch.zeros(2, 3), tensor([2.0, -1.0])
+    for weights, Z, expected in ((mask, None, -(2 - 3) / 4),                             # tokens
+                                 (mask / mask.sum(1, keepdim=True), 2, -(2 - 1) / 2),    # sequences
+                                 (mask, 2 * 5, -(2 - 3) / 10)):                          # fixed
+        loss, _ = icpo_loss(*arguments, weights, tensor([False, False]), normalizer=Z)
+        assert loss.item() == pytest.approx(expected)
 
 
 def test_kl_matches_hand_calculation():

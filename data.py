@@ -45,7 +45,8 @@ class PromptBuilder:
     """Makes both prompts as token ids.
 
     instruction: text that ends every question. chat_template: put the tokenizer's template around
-    the plain question. demo_chat_template: put it around [D; q] too, all of it in one user turn.
+    the plain question. demo_format: how [D; q] is written: "turns", each demonstration a user's and
+    an assistant's turn of the template; "one-turn", all in one user turn; "text", no template.
     vocab_size: that of the model. system: text of a system turn where the template is; empty is no
     such turn. template_args: further arguments of the template. Raises ValueError for a template
     that is missing, fails, does not end or leaves out the question, and for a token id beyond the
@@ -54,24 +55,27 @@ class PromptBuilder:
     tokenizer: Any
     instruction: str = INSTRUCTION
     chat_template: bool = True
-    demo_chat_template: bool = True
+    demo_format: str = "one-turn"
     vocab_size: int | None = None
     system: str = ""
     template_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.chat_template and not self.demo_chat_template:
+        if not self.chat_template and self.demo_format == "text":
             return
+        turns = ["What is 2+3?", "It is 5."] * (self.demo_format == "turns") + ["What is 1+1?"]
         problem = "" if self.tokenizer.chat_template else "is missing"
         if not problem:
             try:   # a template is a program
-                shown = run_bounded(lambda: self._in_turn("What is 1+1?"))
-                problem = "" if "What is 1+1?" in shown else "leaves out the question"
+                shown = run_bounded(lambda: self._in_turns(turns))
+                lacks = [text for text in turns if text not in shown]
+                problem = f"leaves out {'the question' if turns[-1] in lacks else 'a turn'}" * bool(
+                    lacks)
             except Exception as error:
                 problem = f"fails ({error})"
         if problem:
             raise ValueError(f"the tokenizer's chat template {problem}; give --chat-template false "
-                             f"--demo-chat-template false")
+                             f"--demo-format text")
 
     def plain(self, problem: Problem) -> list[int]:
         """q, the prompt on which the objective conditions every response."""
@@ -81,9 +85,13 @@ class PromptBuilder:
         """(IEF) x_exp = [D; q], the prompt of π^IEF. Without demonstrations it is the plain one."""
         if not demonstrations:
             return self.plain(problem)
+        if self.demo_format == "turns":
+            turns = [text for d in demonstrations for text in (self._question(d), d.solution or "")]
+            return self._known(self.tokenizer.encode(
+                self._in_turns([*turns, self._question(problem)]), add_special_tokens=False))
         parts = [self._demonstration(d) for d in demonstrations]
         parts.append(f"Question: {self._question(problem)}\nAnswer:")
-        return self._encode(DEMO_SEPARATOR.join(parts), self.demo_chat_template)
+        return self._encode(DEMO_SEPARATOR.join(parts), self.demo_format == "one-turn")
 
     def expert_response(self, problem: Problem) -> list[int]:
         """The response that LUFFY reads from the data, ended as a sampled one ends.
@@ -118,7 +126,7 @@ class PromptBuilder:
     def _encode(self, text: str, chat_template: bool) -> list[int]:
         if not chat_template:
             return self._known(self.tokenizer.encode(text))
-        return self._known(self.tokenizer.encode(self._in_turn(text), add_special_tokens=False))
+        return self._known(self.tokenizer.encode(self._in_turns([text]), add_special_tokens=False))
 
     def _known(self, tokens: list[int]) -> list[int]:
         if self.vocab_size and max(tokens, default=0) >= self.vocab_size:
@@ -128,18 +136,19 @@ class PromptBuilder:
                              f"own tokenizer, or resize its embeddings")
         return tokens
 
-    def _in_turn(self, text: str) -> str:
-        """The text as a user's turn of the chat template."""
+    def _in_turns(self, texts: Sequence[str]) -> str:
+        """The texts as turns of the chat template, the user's and the assistant's by turns."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
-        return self.tokenizer.apply_chat_template(
-            [*turns, {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
-            **self.template_args)
+        turns += [{"role": role, "content": text}
+                  for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
+                                                  **self.template_args)
 
     def depends_on_date(self) -> bool:
         """Whether the template writes today's date, so that prompts change from day to day."""
         forms = re.findall(r"strftime_now\(\s*['\"](.+?)['\"]", str(self.tokenizer.chat_template))
         return self.chat_template and any(
-            datetime.now().strftime(form) in self._in_turn("1+1") for form in forms)
+            datetime.now().strftime(form) in self._in_turns(["1+1"]) for form in forms)
 
 
 class Demonstrations:

@@ -194,6 +194,13 @@ def absolute(path: str) -> str:
     return str(Path(name).absolute()) + colon + rest if there else path
 
 
+def read_old_names(options: "SharedOptions") -> None:
+    """Resolves an option that was given by an earlier name, in place."""
+    if options.demo_chat_template is not None:
+        options.demo_format = "one-turn" if options.demo_chat_template else "text"
+        options.demo_chat_template = None
+
+
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run as they hold in any folder."""
     paths: dict[str, Any] = {
@@ -256,8 +263,12 @@ class SharedOptions:
     template_args: str = _data(
         "", "arguments of the chat template: enable_thinking=false,NAME=VALUE")
     chat_template: bool = _data(True, "put the tokenizer's chat template around the plain question")
-    demo_chat_template: bool = _data(
-        True, "put it around demonstrations and question too (release: false)")
+    demo_format: Literal["one-turn", "turns", "text"] = _data(
+        "one-turn", "demonstrations and question: all in one user turn of the template; each "
+        "demonstration a user's and an assistant's turn; or text without the template (release)")
+    demo_chat_template: bool | None = _data(
+        None, "earlier name: true is --demo-format one-turn, false is --demo-format text",
+        free=True)
     demo_min_chars: Natural = _data(
         0, "leave out demonstrations with a shorter solution (release: 58)")
     max_prompt_length: Count = _data(
@@ -570,6 +581,7 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
         if getattr(o, name) is None:
             setattr(o, name, value)
     check_ranges(o)
+    read_old_names(o)
     vars(o).update(with_absolute_paths(vars(o)))
     require(o.report_to == ["none"] or "none" not in o.report_to,
             f"--report-to {' '.join(o.report_to)}: none stands alone")

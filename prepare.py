@@ -52,6 +52,7 @@ from options import (
     pairs,
     parse_training,
     read_cards,
+    read_old_names,
     require,
     resolve,
     samples_of,
@@ -77,7 +78,7 @@ from trackers import Trackers, check_packages
 def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
     require(o.chat_template or not (o.system or o.template_args),
             "--system and --template-args act on the chat template: they need --chat-template true")
-    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_chat_template,
+    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_format,
                             model.config.vocab_size, o.system, template_arguments(o.template_args))
     if builder.depends_on_date() and is_main():
         print(f"warning: the chat template of {o.model} writes today's date, so prompts change "
@@ -425,6 +426,7 @@ def prepare_evaluation(o: EvaluationOptions):
 
 def _check_evaluation(o: EvaluationOptions) -> None:
     check_ranges(o)
+    read_old_names(o)
     if o.suite:
         require(o.data == ["tiny"], f"--suite {o.suite} names the data itself: leave --data out")
         o.data = [name for names in PAPER.values() for name in names]

@@ -170,7 +170,8 @@ def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
         return
     then, now = read_object(file), _fingerprint(options)
     for name, value in with_absolute_paths(then["settings"]).items():
-        require(now["settings"].get(name) == value,
+        # A run of an earlier version may have an option that is now called otherwise.
+        require(name not in now["settings"] or now["settings"][name] == value,
                 f"{folder / 'config.yaml'} was edited: {name} was {value}, not "
                 f"{now['settings'].get(name)}; undo that, or start another run")
     for name, value in then["files"].items():

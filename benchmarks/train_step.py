@@ -88,7 +88,7 @@ def run_here(job: dict) -> dict:
     run = trainer.prepare([
         "--method", "grpo", "--kl-coef", "0", "--model", job["model"], "--train-data",
         str(folder / "train.jsonl"), "--test-data", str(folder / "test.jsonl"), "--instruction=",
-        "--chat-template", "false", "--demo-chat-template", "false", "--batch-size",
+        "--chat-template", "false", "--demo-format", "text", "--batch-size",
         str(job["prompts"]), "--max-prompt-length", str(job["prompt_length"]), "--max-new-tokens",
         str(job["max_new_tokens"]), "--steps", "99", "--eval-every", "0", "--micro-batch-tokens",
         str(max(job["micro_batch_tokens"], job["prompt_length"] + job["max_new_tokens"])),

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
 from make import make_tokenizer
+from options import parse_training, resolve
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,30 @@ def test_prompts_have_exactly_this_text(tokenizer):
         "<|user|>" + f"Question: 1+1 {INSTRUCTION}\nAnswer: 1 2 \\boxed{{2}}\n\n\n" * 2
         + f"Question: 3+4 {INSTRUCTION}\nAnswer:<|assistant|>")
     assert builder.demo_prefixed(question, []) == builder.plain(question)
-    raw = PromptBuilder(tokenizer, instruction="", chat_template=False, demo_chat_template=False)
+    raw = PromptBuilder(tokenizer, instruction="", chat_template=False, demo_format="text")
     assert tokenizer.decode(raw.plain(question)) == "3+4"
     assert tokenizer.decode(raw.demo_prefixed(question, [demonstration])) == (
         "Question: 1+1\nAnswer: 1 2 \\boxed{2}\n\n\nQuestion: 3+4\nAnswer:")
+
+
+def test_demonstrations_as_turns_are_what_the_template_makes_of_a_conversation(tokenizer):
+    builder = PromptBuilder(tokenizer, demo_format="turns", system="Be brief.")
+    demonstrations = [Problem("1+1", "2", "1 2 \\boxed{2}"), Problem("2+3", "5", "\\boxed{5}")]
+    turns = [("system", "Be brief."), ("user", f"1+1 {INSTRUCTION}"),
+             ("assistant", "1 2 \\boxed{2}"), ("user", f"2+3 {INSTRUCTION}"),
+             ("assistant", "\\boxed{5}"), ("user", f"3+4 {INSTRUCTION}")]
+    assert tokenizer.decode(builder.demo_prefixed(Problem("3+4", "7"), demonstrations)) == (
+        tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns],
+                                      tokenize=False, add_generation_prompt=True))
+    assert builder.demo_prefixed(Problem("3+4", "7"), []) == builder.plain(Problem("3+4", "7"))
+
+
+@pytest.mark.parametrize("given, form", [
+    ([], "one-turn"), (["--demo-chat-template", "true"], "one-turn"),
+    (["--demo-chat-template", "false"], "text"), (["--demo-format", "turns"], "turns")])
+def test_the_earlier_name_of_the_form_of_demonstrations_is_accepted(given, form):
+    options = resolve(parse_training(given))
+    assert (options.demo_format, options.demo_chat_template) == (form, None)
 
 
 def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):
@@ -116,7 +137,7 @@ def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):
     bare.chat_template = None
     with pytest.raises(ValueError, match="--chat-template false"):
         PromptBuilder(bare)
-    assert PromptBuilder(bare, chat_template=False, demo_chat_template=False).plain(
+    assert PromptBuilder(bare, chat_template=False, demo_format="text").plain(
         Problem("1", "1"))
 
 

@@ -232,7 +232,7 @@ def test_a_system_turn_and_template_arguments_reach_the_prompt():
     problem = Problem("1+1", "2")
     builder = PromptBuilder(tokenizer, "", system="Be brief.",
                             template_args=template_arguments("enable_thinking=false"))
-    assert builder._in_turn("1+1") == "<|system|>Be brief.<|user|>1+1quick"
+    assert builder._in_turns(["1+1"]) == "<|system|>Be brief.<|user|>1+1quick"
     assert tokenizer.decode(builder.plain(problem)) == "<|system|>Be brief.<|user|>1+1quick"
     assert template_arguments("a=3, date_string=26 Jul 2024") == {
         "a": 3, "date_string": "26 Jul 2024"}

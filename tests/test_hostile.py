@@ -198,6 +198,7 @@ def test_an_end_of_text_token_beyond_the_vocabulary(tmp_path, capsys):
      "it takes more than 1 seconds"),
     ("{{ 'x' * 20000000000 }}", "it takes more than 1 GiB"),
     ("{% for message in messages %}", "chat template fails"),
+    ("{{ messages[-1].content }}", "leaves out a turn"),
     ("{{ raise_exception('only with tools') }}", "chat template fails (only with tools)"),
 ])
 def test_chat_templates_that_cannot_be_used(monkeypatch, template, words):
@@ -205,9 +206,9 @@ def test_chat_templates_that_cannot_be_used(monkeypatch, template, words):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = template
     with pytest.raises(ValueError) as caught:
-        PromptBuilder(tokenizer)
+        PromptBuilder(tokenizer, demo_format="turns")
     assert words in str(caught.value)
-    assert PromptBuilder(tokenizer, "", False, False).plain(Problem("1+1", "2"))
+    assert PromptBuilder(tokenizer, "", False, "text").plain(Problem("1+1", "2"))
 
 
 def test_an_evaluation_replaces_no_file_that_it_did_not_write(tmp_path):

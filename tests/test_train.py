@@ -17,6 +17,7 @@ from statistics import fmean, pstdev, stdev
 import psutil
 import pytest
 import torch
+import yaml
 from golden import CLOCK
 from processes import Script
 from processes import run as run_script
@@ -271,6 +272,26 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(whole_run, tmp_path)
     with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
         prepare(folder, "--resume")
     assert metrics_of(folder) == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path):
+    """Its files have a single test_data, the earlier name of demo_format, and no newer options."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    fingerprint = json.loads((folder / "fingerprint.json").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for settings in (config, fingerprint["settings"]):
+        settings["test_data"], = settings["test_data"]
+        settings["demo_chat_template"] = True
+        for name in ("demo_format", "columns", "keep_best", "lr_schedule", "off_policy_when"):
+            settings.pop(name, None)
+    (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    run = trainer.prepare(["--resume", "--output-dir", str(folder), "--device", "cpu"])
+    assert (run.start, run.options.demo_format) == (2, "one-turn")
+    trainer.train(run)
+    assert metrics_of(folder) == metrics_of(whole_run)
 
 
 def test_a_run_without_checkpoints_begins_anew_and_keeps_its_metrics(whole_run, tmp_path, capsys):

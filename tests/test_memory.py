@@ -189,6 +189,36 @@ def test_every_process_keeps_its_own_part(processes, settings, tmp_path):
         4 * plan.parameters * processes / (options.shard_size or processes), rel=1e-9)
 
 
+LARGE = """
+import json, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from distributed import shard
+from model_utils import Transformer
+from test_memory import SHAPES
+
+dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+found = {{}}
+for name in ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"):
+    with torch.device("meta"):
+        model = Transformer(SHAPES[name])
+    shard(model, torch.device("cpu"), torch.bfloat16)
+    found[name] = sum(p.to_local().numel() * 4 for p in model.parameters())
+print(json.dumps(found))
+"""
+
+
+def test_large_models_are_split_among_eight_processes(tmp_path):
+    """On the meta device, in one of eight processes whose others do not exist."""
+    (tmp_path / "large.py").write_text(LARGE.format(root=str(ROOT)))
+    found = json.loads(run_script("large.py", root=tmp_path).stdout.splitlines()[-1])
+    options = resolve(parse_training(["--dtype", "bfloat16"]), 8)
+    for name, size in found.items():
+        assert size == pytest.approx(Plan(SHAPES[name], options, 8, "cuda").weights, rel=0.002)
+
+
 # --------------------------------------------------------------------------------------------------
 # The dry run, the configurations and docs/gpus.md
 

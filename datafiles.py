@@ -41,6 +41,8 @@ KNOWN = {
     "gpqa": Known("Idavidrein/gpqa:gpqa_diamond", ("train",)),
     "mmlu-pro": Known("TIGER-Lab/MMLU-Pro", ("test",)),
 }
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".arrow", ".txt", ".zip")
+FIELDS = ("problem", "answer", "solution", "expert_response", "id")
 SOURCES = (f"JSONL, JSON, CSV or Parquet file, a folder, org/name:config:split of the Hugging Face "
            f"hub, or one of {', '.join(KNOWN)}")
 
@@ -50,8 +52,9 @@ class Reading:
     """How rows become problems.
 
     answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
-    columns: field -> column, with dots into a row, for data sets without a short name. split: the
-    one to take of several. answer_format, seed: see rowforms.to_fields.
+    columns: one of FIELDS -> column, with dots into a row, for data sets without a short name. An
+    optional field whose column lacks is as without it. split: the one to take of several.
+    answer_format, seed: see rowforms.to_fields.
     """
     answer_lists: str = "any"
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -70,14 +73,22 @@ def read_rows(source: str, needs: Sequence[str] = (),
     the row for a row that lacks a field or has an empty field or one of the wrong type.
     """
     rows, ids = [], set()
-    columns = {} if source in KNOWN else how.columns
+    columns = {} if source.partition(":")[0] in KNOWN else how.columns
     for number, where, row in _raw_rows(source, how.split):
         try:
             fields = to_fields(row, how.answer_format, how.seed)
-            fields |= {name: _column(row, path) for name, path in columns.items()}
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: a row with these columns has another form here "
+                             f"({brief(error)})") from None
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        given = [name for name, value in fields.items() if value is not None]
+        for name, path in columns.items():
+            try:
+                fields[name] = _column(row, path)
+            except ValueError as error:
+                if name in ("problem", "answer", *needs):
+                    raise ValueError(f"{where}: {error}") from None
+        given = [name for name, value in fields.items() if value not in (None, "", [])]
         found: dict[str, Any] = {"id": f"{name_of(source)}-{number}"}
         for name in dict.fromkeys(("problem", "answer", *needs, *given)):
             value = fields.get(name)
@@ -100,14 +111,17 @@ def read_rows(source: str, needs: Sequence[str] = (),
 
 def name_of(source: str) -> str:
     """A short name for what a data set is called in tables and ids."""
-    return source if source in KNOWN else Path(source.split(":")[0]).stem
+    path, *parts = source.split(":")
+    name = Path(path).stem if path.endswith(SUFFIXES) else Path(path).name
+    return "-".join([name, *filter(None, parts)])
 
 
 def content_hash(source: str, split: str) -> str:
     """A hash that changes if the rows of the data set do."""
     if Path(source).is_file():
         return hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    text = json.dumps([row for *_, row in _raw_rows(source, split)], default=str, sort_keys=True)
+    text = json.dumps([row for *_, row in _raw_rows(source, split)], sort_keys=True,
+                      default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -122,6 +136,7 @@ def _raw_rows(source: str, split: str) -> Iterator[tuple[int, str, Mapping[str, 
         yield from ((n, f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
     elif path.suffix.lower() in (".csv", ".tsv"):
         separator = "," if path.suffix.lower() == ".csv" else "\t"
+        csv.field_size_limit(2 ** 31 - 1)   # its default is shorter than some responses
         with path.open(newline="", encoding="utf-8-sig") as text:
             try:
                 for n, row in enumerate(csv.DictReader(text, delimiter=separator), start=1):
@@ -152,9 +167,10 @@ def _of_datasets(source: str, preferred: str) -> Any:
     known = KNOWN.get(name)
     path, _, of_hub = (known.hub if known else name).partition(":")
     config, _, split = (of_hub + ":" + rest if known else rest).partition(":")
-    folder = Path(path).is_dir()
+    folder = not known and Path(path).is_dir()
+    path = str(Path(path).absolute()) if folder else path
     hub = known or (path.count("/") == 1 and not path.startswith((".", "/", "~"))
-                    and not Path(path).suffix)
+                    and not path.endswith(SUFFIXES))
     if not (folder or hub or Path(path).is_file()):
         close = difflib.get_close_matches(name, KNOWN, 1)
         raise ValueError(f"no data file at {source}" + (
@@ -180,7 +196,8 @@ def _of_datasets(source: str, preferred: str) -> Any:
         return datasets.load_dataset(path, config or None, split=split)
     except Exception as error:
         where = "" if folder or Path(path).is_file() else (
-            f" is {path} of the Hugging Face hub and" if known else " of the Hugging Face hub")
+            f" is {path} of the Hugging Face hub and" if known else
+            " is no file or folder here, and of the Hugging Face hub it")
         raise ValueError(f"{source}{where} could not be read: {brief(error)}") from None
 
 
@@ -211,7 +228,7 @@ def _parse(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"), parse_float=_finite, parse_int=_Number,
                           parse_constant=_no_number)
-    except ValueError as error:   # JSON that does not parse, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:   # no JSON, or bytes that are not UTF-8
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 

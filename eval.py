@@ -226,8 +226,8 @@ def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
               + f"{r['majority']:>9.1%}{r['tokens']:>9.1f}{r['truncated']:>11.1%}")
     for shots in o.shots if o.suite else ():   # as the paper prints them: each set counts alike
         for kind, names in PAPER.items():
-            average = fmean(r["accuracy"] for r in rows
-                            if r["data"] in names and r["shots"] == shots)
+            average = fmean(r["accuracy"] for r in rows if r["data"] in names and "again" not in r
+                            and (r["shots"], r["temperature"]) == (shots, o.temperature))
             print(f"average {kind}, {shots} shot{'s' * (shots != 1)}: {average:.1%}")
     if any(row["truncated"] > 0.5 for row in rows):
         print(f"warning: most answers of some rows were cut off at --max-new-tokens "
@@ -248,10 +248,11 @@ def main() -> None:
             found[case.key] = sample_case(o, model, builder, scorer, case,
                                           found.get(case.key, []), sampler)
             on_main(lambda: write_samples(output, found))   # in order
-            rows.append({"data": case.data, "shots": case.shots, "temperature": case.temperature}
-                        | on_main(lambda case=case, records=found[case.key]: summarise(
-                            records, case.samples, [k for k in o.k if k <= case.samples],
-                            o.answer_format, o.verify_timeout)))
+            row = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
+            row |= {"again": True} if case.again else {}
+            rows.append(row | on_main(lambda case=case, records=found[case.key]: summarise(
+                records, case.samples, [k for k in o.k if k <= case.samples], o.answer_format,
+                o.verify_timeout)))
     except ValueError as error:
         end_with_mistake("eval.py", error)
     except (RewardError, OSError) as error:

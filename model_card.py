@@ -90,7 +90,9 @@ def write_card(run: "Run") -> None:
     data_sets += [f"- held out: {len(problems)} problems of `{name}`"
                   for name, problems in run.held_out.items()]
     left_out = ("resume", "output_dir", "dry_run", "cards", "report_to", "show_samples")
-    settings = {name: _last(value) for name, value in asdict(o).items() if name not in left_out}
+    paths = ("model", "train_data", "test_data", "demonstrations", "reward")
+    settings = {name: _last(value) if name in paths else value
+                for name, value in asdict(o).items() if name not in left_out}
     shutil.copyfile(folder / "curves.png", final / "curves.png")
     replace_file(final / "README.md", CARD.format(
         data=data.to_yaml(), name=folder.name, base=base, method=LABELS[o.method], steps=o.steps,

@@ -613,8 +613,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
         if not any((folder / name).is_file() for name in names):
             raise ValueError("there is no tokenizer.json, tokenizer.model or vocab.json")
-        for file in sorted(folder.glob("*token*.json")):   # transformers would not say which
-            read_object(file)
+        for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"):
+            if (folder / f"{name}.json").is_file():   # transformers would not say which is damaged
+                read_object(folder / f"{name}.json")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     model.hf_config = hf_config
     if (folder / "generation_config.json").is_file():

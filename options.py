@@ -524,6 +524,12 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
             if name not in TrainingOptions.__dataclass_fields__:
                 parser.error(f"{file}: unknown option {name!r}"
                              f"{did_you_mean(name, TrainingOptions)}")
+            value, several = settings[name], isinstance(getattr(TrainingOptions(), name), list)
+            parts = value if several and isinstance(value, list) and value else [value]
+            if any(isinstance(part, list | dict) or part is None and part is not value
+                   for part in parts):
+                form = "a value or a list of values" if several else "one value"
+                parser.error(f"{file}: {name} must be {form}, not {value!r}")
         arguments = _as_arguments(settings) + arguments[1:]
     arguments = _as_arguments(saved or {}) + arguments
     found = parser.parse(arguments)
@@ -587,7 +593,7 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
             f"--report-to {' '.join(o.report_to)}: none stands alone")
     o.mini_batch_size = o.mini_batch_size or o.batch_size
     o.bonus_steps = o.bonus_steps or o.steps
-    o.lr_decay_steps = o.lr_decay_steps or o.steps
+    o.lr_decay_steps = o.lr_decay_steps or (0 if o.lr_schedule == "constant" else o.steps)
     if o.off_policy == "none":
         o.n_off = 0
     require(o.off_policy == "none" or o.n_off,

@@ -25,7 +25,7 @@ from data import (
     load_problems,
     normalise,
 )
-from datafiles import name_of
+from datafiles import FIELDS, name_of
 from distributed import (
     AdamW,
     frozen_copy,
@@ -91,6 +91,8 @@ def load_data(o: SharedOptions, source: str, embedded_file: str, split: str = "t
               needs: tuple[str, ...] = ()) -> list[Problem]:
     """The problems of --train-data and the like. split: taken of a data set that has several."""
     columns = {} if source == "tiny" else pairs(o.columns, "columns")
+    require(set(columns) <= set(FIELDS), f"--columns {o.columns}: the names before = are "
+            f"{', '.join(FIELDS)}; behind it stand the columns of the data")
     return load_problems(embedded(source, embedded_file), needs, answer_lists=o.answer_lists,
                          columns=columns, split=split, answer_format=o.answer_format, seed=o.seed)
 
@@ -136,8 +138,11 @@ class Run:
 
         Every process must call it.
         """
-        remove(self.folder / name)
-        save_model(self.model, self.builder.tokenizer, self.folder / name)
+        folder, new = self.folder / name, self.folder / f".{name}.new"
+        remove(new)   # a save that was killed leaves one
+        save_model(self.model, self.builder.tokenizer, new)   # the earlier one stays until then
+        remove(folder)
+        on_main(lambda: new.rename(folder))
 
     def final_answer(self, response: str) -> str | None:
         return extract_answer(response, self.options.answer_format)
@@ -187,9 +192,13 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, notes, o.reward_timeout)
     needs = ("expert_response",) if o.off_policy == "dataset" else ()
     problems = load_data(o, o.train_data, "train.jsonl", needs=needs)
-    held_out = {name_of(each): load_data(o, each, "test.jsonl", "test") for each in o.test_data}
-    require(len(held_out) == len(o.test_data),
+    names = list(map(name_of, o.test_data))
+    if len(set(names)) < len(names):   # m/test.jsonl and g/test.jsonl
+        names = [f"{Path(each).absolute().parent.name}-{name_of(each)}" for each in o.test_data]
+    require(len(set(names)) == len(names),
             f"two of --test-data {' '.join(o.test_data)} have the same name")
+    held_out = {name: load_data(o, each, "test.jsonl", "test")
+                for name, each in zip(names, o.test_data)}
     model, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
     choose_length(o, model)
     _check_model(o, model, tokenizer)
@@ -226,8 +235,9 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         run.start = load_checkpoint(folder, model, optimizer)
         require(run.start <= o.steps,
                 f"{folder} has made {run.start} steps already, more than --steps {o.steps}")
-    on_main(lambda: write_settings(folder, o, run.start))
     on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))
+    on_main(lambda: write_settings(folder, o, run.start))
+    on_main(lambda: run.trackers.catch_up())
     return run
 
 

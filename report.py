@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from curves import draw, read_metrics
-from distributed import Totals, barrier, gather_lists, is_main
+from distributed import Totals, barrier, gather_lists, is_main, on_main
 from files import append_lines
 from model_card import write_card
 from runs import how_to_go_on
@@ -20,6 +21,10 @@ from runs import how_to_go_on
 if TYPE_CHECKING:
     from prepare import Run
     from train import Batch
+
+
+# Metrics of icpo_loss that are shares of tokens or means over them.
+SHARES = ("kl", "clip_fraction", "clip_fraction_off", "off_policy_share")
 
 
 def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: float | None,
@@ -195,6 +200,26 @@ def evaluation_row(found: dict[str, dict[str, float]], ending: str) -> dict[str,
         part = f"/{data}" if len(found) > 1 else ""
         row |= {f"eval_{name}{ending}{part}": value for name, value in values.items()}
     return row
+
+
+def read_best(folder: Path) -> float:
+    """The held-out accuracy of the model in best/, or minus infinity.
+
+    Every process must call it.
+    """
+    return on_main(lambda: max((row["eval_accuracy"] for row in read_metrics(folder)
+                                if "eval_accuracy" in row and (folder / "best").is_dir()),
+                               default=-math.inf))
+
+
+def keep_best(run: "Run", accuracy: float, best: float) -> float:
+    """Writes the model to best/ if it is better than the one there; returns the better accuracy.
+
+    Every process must call it.
+    """
+    if run.options.keep_best and accuracy > best:
+        run.save("best")
+    return max(accuracy, best)
 
 
 def read_accuracies(folder: Path) -> list[float]:

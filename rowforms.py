@@ -32,10 +32,10 @@ def to_fields(row: Mapping[str, Any], answer_format: str, seed: int) -> dict[str
         return _verl(row)
     if "Question" in row and "Correct Answer" in row:
         return _gpqa(row, seed)
-    choices = row.get("choices", row.get("options"))
-    if "question" in row and choices is not None:
+    choices = row.get("choices") or row.get("options")
+    if "question" in row and choices:
         return _choices(row, choices)
-    if "question" in row and "final_answer" in row:
+    if "question" in row and row.get("final_answer"):
         solution = row.get("solution")
         solution = solution[0] if isinstance(solution, list) and solution else solution
         return {"problem": row["question"], "answer": row["final_answer"], "solution": solution,

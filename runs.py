@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,9 @@ from options import (
     TrainingOptions,
     embedded,
     flag,
+    parse_training,
     require,
+    resolve,
     samples_of,
     settings_that_stay,
     with_absolute_paths,
@@ -144,10 +146,16 @@ def _usable(folder: Path):
 
 
 def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
-    """Raises ValueError for an option that a resumed run cannot change and that differs."""
+    """Raises ValueError for an option that a resumed run cannot change and that differs.
+
+    An option that is newer than the run has the value that it has by default.
+    """
+    if not saved:
+        return
+    then = settings_that_stay(resolve(parse_training([], saved)))
     for name, value in settings_that_stay(options).items():
-        require(name not in saved or saved[name] == value,
-                f"{folder} was run with {name}: {saved.get(name)}, not {value}; leave the option "
+        require(name not in then or then[name] == value,
+                f"{folder} was run with {name}: {then.get(name)}, not {value}; leave the option "
                 f"out, or start another run")
 
 
@@ -175,9 +183,11 @@ def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
                 f"{folder / 'config.yaml'} was edited: {name} was {value}, not "
                 f"{now['settings'].get(name)}; undo that, or start another run")
     for name, value in then["files"].items():
+        given = getattr(options, name)
+        given = ", ".join(given) if isinstance(given, list) else given
         require(now["files"].get(name) == value,
-                f"{getattr(options, name)} ({flag(name)}) is not the file with which {folder} was "
-                f"run; put that back, or start another run")
+                f"{given} ({flag(name)}) is not the data with which {folder} was run; put that "
+                f"back, or start another run")
 
 
 def remove(folder: Path) -> None:
@@ -647,6 +657,9 @@ def write_samples(output: Path, found: dict[tuple, list[dict]]) -> None:
 
 def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:
     was = old.get("changed", {})
+    then = replace(options, samples=old.get("samples", 0))
+    if all(samples_of(then, case.data) == samples_of(options, case.data) for case in cases):
+        old = old | {"samples": options.samples}   # 0 and the number that it stands for are equal
     lines = [f"{name}: {old[name]}, not {value}" for name, value in settings.items()
              if name != "changed" and name in old and old[name] != value]
     lines += [f"{path} has changed" for path, at in settings["changed"].items()

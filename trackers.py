@@ -2,6 +2,7 @@
 
     trackers = Trackers()
     trackers.begin(["tensorboard", "wandb"], folder, settings, steps_made)
+    trackers.catch_up()
     trackers.step(metrics, samples)      # rows of metrics.jsonl and samples.jsonl
     trackers.end(picture)
 
@@ -155,8 +156,8 @@ class Trackers:
         """Opens the trackers of these names; "none" is none.
 
         settings: those of the run. steps: that the run has made; without any it gets an identity of
-        its own, else it goes on under the old one, and a tracker gets those of its steps that it
-        lacks. Raises ValueError, which names the tracker, for one that cannot begin.
+        its own, else it goes on under the old one, see catch_up. Raises ValueError, which names the
+        tracker, for one that cannot begin.
         """
         self.folder, self.file = folder, folder / "trackers.json"
         self.state = read_object(self.file) if steps and self.file.is_file() else {}
@@ -165,11 +166,14 @@ class Trackers:
             with naming(f"--report-to {name}"):
                 self.open[name] = KINDS[name](folder, settings, steps, self.state["id"],
                                               self.state.get(name, 0))
+
+    def catch_up(self) -> None:
+        """Gives the trackers those of the run's steps that they lack."""
         if self.open:
             samples: dict[int, list[dict]] = {}
-            for row in read_lines(folder / "samples.jsonl"):
+            for row in read_lines(self.folder / "samples.jsonl"):
                 samples.setdefault(row["step"], []).append(row)
-            for metrics in read_lines(folder / "metrics.jsonl"):
+            for metrics in read_lines(self.folder / "metrics.jsonl"):
                 self.step(metrics, samples.get(metrics["step"], []))
 
     def step(self, metrics: dict, samples: list[dict]) -> None:
@@ -178,13 +182,14 @@ class Trackers:
         step = metrics["step"]
         given = {name: value for name, value in metrics.items()
                  if isinstance(value, (int, float)) and name != "step"}
-        before = {name: given.pop(name) for name in list(given) if "_before" in name}
+        before = {name: given.pop(name) for name in list(given)
+                  if name.partition("/")[0].endswith("_before")}
 
         def log(name: str, tracker) -> None:
             if step <= tracker.last:   # a run that was killed makes some steps again
                 return
             if before:
-                start = {each.replace("_before", ""): value for each, value in before.items()}
+                start = {each.replace("_before", "", 1): value for each, value in before.items()}
                 tracker.log(step - 1, start, [])
             tracker.log(step, given, samples)
             self.state[name] = step

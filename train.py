@@ -1,7 +1,6 @@
 """Trains a model with ICPO, GRPO or LUFFY.
 
     torchrun train.py                                       # the embedded default, ICPO
-    torchrun train.py --method grpo --seed 1
     torchrun --nproc-per-node 8 train.py configs/qwen3-1.7b.yaml --output-dir runs/mine
     torchrun train.py --resume                              # goes on where a killed run stopped
 
@@ -146,8 +145,9 @@ def sample_responses(run: Run, questions: list[Question], step: int,
     with behaviour_policy(run) as model:
         responses = sample(questions, demo if o.off_policy_when == "always" else [])
         if o.off_policy_when == "all-wrong":   # a question with a right response gets none
-            rewards = score_responses(run, responses).tolist()
-            solved = {r.question.index for r, R in zip(responses, rewards) if R >= o.delta}
+            right = icpo.expert_region(score_responses(run, responses), torch.ones(len(responses)),
+                                       o.delta, o.errs_strict)
+            solved = {responses[i].question.index for i in right.nonzero()[:, 0].tolist()}
             responses += sample([], [each for each in demo if each[0].index not in solved])
     for q in questions if o.off_policy == "dataset" else ():
         if q.index not in solved:   # LUFFY's denominator is 1, a log-probability of 0
@@ -169,7 +169,7 @@ def behaviour_policy(run: Run):
 def score_responses(run: Run, responses: list[Response]) -> Tensor:
     """Step 3: the rewards R(τ), [B] float64; run.notes is what could not be settled."""
     new = [r for r in responses if r.reward is None]
-    rewards = run.scorer([r.text for r in new], [r.question.problem for r in new])
+    rewards = run.scorer([r.text for r in new], [r.question.problem for r in new]) if new else []
     for response, reward in zip(new, rewards, strict=True):
         response.reward = reward
     return torch.tensor([r.reward for r in responses], dtype=torch.float64)
@@ -210,7 +210,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     total = {"tokens": size["tokens"], "sequences": size["rows"],
              "fixed": size["rows"] * o.max_new_tokens}[o.loss_aggregation]
     prepare_gradients(run.model, run.device)
-    for rows in distributed.summed_at_the_last(run.model, parts):
+    for rows in distributed.summed_at_the_last(run.model, parts or [[]]):
         micro = batch.select(rows) if rows else NOTHING
         packing = pack([r.question.prompt for r in micro.responses],
                        [r.tokens for r in micro.responses], run.device)
@@ -249,6 +249,8 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
                    padding=packing.padding, shared=packing.shared)
     norm = distributed.clip_gradients(run.model, o.grad_clip)
     found = totals.over_processes() | {"grad_norm": norm}
+    for name in report.SHARES if o.loss_aggregation == "fixed" else ():   # they are by tokens
+        found[name] *= total / max(size["tokens"], 1)
     found["skipped"] = not math.isfinite(found["policy_loss"] + norm)
     if not found["skipped"]:
         run.optimizer.step()
@@ -264,7 +266,7 @@ NOTHING = Batch([_ROW], *(torch.zeros(1, dtype=dtype) for dtype in (
 
 @torch.no_grad()
 def recompute_logprobs(run: Run, responses: list[Response]) -> float:
-    """Replaces old log-probabilities by those of a second pass, except a data set's.
+    """Replaces old log-probabilities, except a data set's, by those of a second pass.
 
     Returns the largest difference to the sampler's, over all processes.
     """
@@ -297,6 +299,7 @@ def held_out_accuracy(run: Run) -> dict[str, dict[str, float]]:
 def train(run: Run) -> None:
     """Makes all steps from run.start on, or until a signal. Errors: see messages_on_exit."""
     o, skipped, accuracies = run.options, 0, report.read_accuracies(run.folder)
+    best = report.read_best(run.folder)
     with runs.stop_on_signal() as stop, report.step_bar(run) as bar:
         def say(phase: str) -> None:
             bar.set_description(f"{o.method}, {phase}")
@@ -316,8 +319,7 @@ def train(run: Run) -> None:
             last = step + 1 == o.steps
             if o.eval_every and (last or (step + 1) % o.eval_every == 0):
                 before |= evaluate_now(step + 1)
-                if o.keep_best and accuracies[-1] > max(accuracies[1:-1], default=-math.inf):
-                    run.save("best")
+                best = report.keep_best(run, accuracies[-1], best)
             report.write_rows(run, batch, metrics | before)
             report.show(bar, metrics, accuracies)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0

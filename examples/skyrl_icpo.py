@@ -23,5 +23,6 @@ def icpo_policy_loss(log_probs, old_log_probs, advantages, config, loss_mask=Non
         log_probs, torch.where(off_policy[:, None], behaviour, old_log_probs),
         advantages.gather(1, first)[:, 0], mask, off_policy, clip_low=config.eps_clip_low,
         clip_high=config.eps_clip_high, normalizer=1.0)
-    return loss, {"clip_ratio": (metrics["clip_fraction"] / mask.sum().clamp(min=1)).item(),
-                  "off_policy_share": (metrics["off_policy_share"] / mask.sum()).item()}
+    tokens = mask.sum().clamp(min=1)
+    return loss, {"clip_ratio": (metrics["clip_fraction"] / tokens).item(),
+                  "off_policy_share": (metrics["off_policy_share"] / tokens).item()}

@@ -126,6 +126,10 @@ def test_columns_name_what_no_form_has(tmp_path):
         load_problems(file)
     with pytest.raises(ValueError, match="no column 'gold.text', which --columns names"):
         load_problems(file, columns={"answer": "gold.text"})
+    optional = columns | {"solution": "worked"}   # where it is not needed, it may lack
+    assert load_problems(file, columns=optional)[0].solution is None
+    with pytest.raises(ValueError, match="no column 'worked'"):
+        load_problems(file, ("solution",), columns=optional)
 
 
 def test_csv_and_json_files_keep_answers_as_they_are_written(tmp_path):
@@ -188,8 +192,10 @@ def test_a_short_name_is_read_from_the_hub(saved, monkeypatch):
             ("gsm8k:train", "test", ("openai/gsm8k", "main", "train")),
             ("aime24", "test", ("HuggingFaceH4/aime_2024", None, "train")),
             ("mine/own:part:dev", "test", ("mine/own", "part", "dev")),
-            ("mine/own::dev", "test", ("mine/own", None, "dev"))):
-        assert len(load_problems(source, split=split, columns={})) == 5
+            ("mine/own::dev", "test", ("mine/own", None, "dev")),
+            ("mine/own-1.5::dev", "test", ("mine/own-1.5", None, "dev"))):
+        columns = {} if source.startswith("mine") else {"problem": "text"}   # not used
+        assert len(load_problems(source, split=split, columns=columns)) == 5
         assert asked.pop() == wanted
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *where: ["all"])
     assert load_problems("mine/own")[0].id == "own-1" and asked.pop() == ("mine/own", None, "all")
@@ -269,6 +275,11 @@ def test_training_evaluates_on_each_of_several_data_sets(tmp_path, capsys):
     assert again.start == 2 and list(again.held_out) == ["easy", "hard"]
     with pytest.raises(ValueError, match="have the same name"):
         trainer.prepare([*arguments[:2], *arguments[1:2], *arguments[3:-2]])
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "easy.jsonl").write_text(lines[11])
+    run = trainer.prepare([*arguments[:2], f"{tmp_path}/more/easy.jsonl", *arguments[3:-2],
+                           "--output-dir", str(tmp_path / "other")])
+    assert list(run.held_out) == [f"{tmp_path.name}-easy", "more-easy"]
 
 
 def test_a_suite_names_data_samples_and_settings(tmp_path, monkeypatch, capsys):

@@ -65,6 +65,8 @@ def mistake(arguments, capsys) -> str:
     (["--n-on", "1000000000"], "are 16,000,000,016 responses at the same time"),
     (["--n-on", "4", "--eval-samples", "1000000000"], "--eval-samples 1000000000 are"),
     (["--method", "luffy", "--max-new-tokens", "5"], "over 5 tokens; raise --max-new-tokens"),
+    (["--train-data", TINY / "test.jsonl", "--columns", "question=problem"],
+     "--columns question=problem: the names before = are problem, answer"),
     (["--train-data", TINY / "test.jsonl"], "held-out ones too; give other --train-data or"),
 ])
 def test_options_that_cannot_be_right(tmp_path, capsys, arguments, words):
@@ -109,6 +111,10 @@ def test_folders_that_cannot_hold_a_run(tmp_path, capsys, make):
     ("steps: \xff\xfe3\n", "is not valid YAML"),
     ("- steps\n", "lines of the form 'option: value' were expected"),
     ("beta: 0.1\n", "did you mean kl_coef?"),
+    ("train_data: [a.jsonl, b.jsonl]\n", "train_data must be one value, not ['a.jsonl', 'b.jso"),
+    ("test_data: [a.jsonl, null]\n", "test_data must be a value or a list of values, not"),
+    ("test_data: {a: b}\n", "test_data must be a value or a list of values, not {'a': 'b'}"),
+    ("test_data: []\n", "test_data must be a value or a list of values, not []"),
 ])
 def test_configuration_files_that_cannot_be_right(tmp_path, capsys, text, words):
     file = tmp_path / "bad.yaml"
@@ -249,7 +255,7 @@ def test_a_run_is_resumed_with_its_own_settings_and_data_only(tmp_path):
         trainer.prepare(resume)
     config.write_text(text)
     data.write_text(data.read_text().replace("+", "-", 1))
-    with pytest.raises(ValueError, match=r"data.jsonl \(--train-data\) is not the file with which"):
+    with pytest.raises(ValueError, match=r"data.jsonl \(--train-data\) is not the data with which"):
         trainer.prepare(resume)
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     data.write_text((TINY / "train.jsonl").read_text())

@@ -417,6 +417,35 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
     assert len(batch) == 20 and all(len(row["tokens"]) == len(row["old_logprobs"]) for row in batch)
 
 
+def test_a_step_whose_responses_are_all_cut_off_and_masked_changes_little(tmp_path):
+    run = prepare(tmp_path / "run", "--mask-truncated", "--max-new-tokens", "3", "--eval-every",
+                  "0", "--steps", "2")
+    trainer.train(run)
+    for row in metrics_of(tmp_path / "run"):
+        assert (row["truncated"], row["grad_norm"], row["policy_loss"]) == (1, 0, 0)
+        assert row["entropy"] is None
+
+
+def test_a_resumed_run_cannot_change_options_that_are_newer_than_it(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["loss_aggregation"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="was run with loss_aggregation: tokens, not fixed"):
+        prepare(folder, "--resume", "--loss-aggregation", "fixed")
+
+
+def test_shares_of_tokens_are_shares_with_every_aggregation(tmp_path):
+    for aggregation in ("tokens", "fixed"):
+        run = prepare(tmp_path / aggregation, "--loss-aggregation", aggregation)
+        metrics, batch = trainer.train_step(run, 0, lambda phase: None)
+        lengths = {side: sum(len(r.tokens) for r, *_, keep, _ in batch.rows()
+                             if keep and r.off_policy == side) for side in (False, True)}
+        assert metrics["off_policy_share"] == pytest.approx(
+            lengths[True] / sum(lengths.values()), rel=1e-5)
+
+
 def test_the_best_model_is_kept_beside_the_last(tmp_path, monkeypatch):
     """Before step 1, and after it, ...: the accuracy of step 2 is the highest, and that of step 4
     is equal."""
@@ -433,6 +462,9 @@ def test_the_best_model_is_kept_beside_the_last(tmp_path, monkeypatch):
     monkeypatch.undo()
     trainer.train(prepare(tmp_path / "without", "--keep-best", "false", "--steps", "2"))
     assert not (tmp_path / "without" / "best").exists()
+    # The run goes on; the model of its next evaluation is the best of those that are kept.
+    trainer.train(prepare(tmp_path / "without", "--resume", "--keep-best", "--steps", "3"))
+    assert (tmp_path / "without" / "best").exists()
 
 
 def test_a_run_is_repeated_from_its_config(whole_run, tmp_path):
@@ -690,7 +722,7 @@ def test_off_policy_responses_where_all_plain_ones_are_wrong(tmp_path):
 def test_off_policy_responses_of_no_question(tmp_path):
     """A reward of 1 for all leaves nothing to sample; two processes may differ in that."""
     (tmp_path / "own.py").write_text(
-        "def one(responses, problems):\n    return [1.0] * len(responses)\n"
+        "def one(responses, problems):\n    assert responses\n    return [1.0] * len(responses)\n"
         "def once(responses, problems):\n    return [float('1' in p.id) for p in problems]\n")
     for name, processes in (("one", 1), ("once", 2)):
         folder = tmp_path / name
@@ -942,7 +974,7 @@ for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")
         if hasattr(dist, name):
             setattr(dist, name, count(kind, getattr(dist, name)))
 trainer.update(run, batch)
-if trainer.is_main():
+if trainer.distributed.is_main():
     print("\\n" + json.dumps(received))
 """
 

@@ -421,10 +421,11 @@ class TrainingOptions(SharedOptions):
     checkpoint_every: Natural = _run(
         20, "write a checkpoint every so many steps; 0 is never", free=True)
     keep_checkpoints: Count = _run(2, "how many checkpoints to keep", free=True)
-    dry_run: bool = _run(False, "print the resolved options, the prompts of the first question and "
-                         "the memory that the run would take, and end", free=True)
-    cards: str = _run("", "GPUs of a dry run: 8x80 is 8 of 80 GB; by default those that are there",
-                      free=True)
+    dry_run: bool = _run(False, "print the resolved options, the prompts of the first question, "
+                         "the memory that the run would take and the time of a step on known GPUs, "
+                         "and end", free=True)
+    cards: str = _run("", "GPUs of a dry run: 8x80 is 8 of 80 GB, and 8xA100 is 8 of that kind; by "
+                      "default those that are there", free=True)
     log_questions: Natural = _run(
         1, "questions a step whose responses go to samples.jsonl", free=True)
     show_samples: Natural = _run(
@@ -559,17 +560,6 @@ def _as_arguments(settings: dict) -> list[str]:
         elif value is not None:
             found.append(f"{flag(name)}={value}")
     return found
-
-
-def read_cards(options: TrainingOptions) -> tuple[int, float] | None:
-    """(number of GPUs, bytes of each) of --cards, or None without it. Raises ValueError."""
-    number, times, size = options.cards.partition("x")
-    if not options.cards:
-        return None
-    require(options.dry_run, "--cards is for --dry-run, which needs no GPU")
-    require(number.isdecimal() and size.isdecimal() and int(number) and int(size),
-            f"--cards {options.cards} is no number of GPUs and of GB: give 8x80 for 8 of 80 GB")
-    return int(number), int(size) * 2.0 ** 30   # what is sold as 80 GB has 80 GiB
 
 
 def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:

@@ -51,7 +51,6 @@ from options import (
     embedded,
     pairs,
     parse_training,
-    read_cards,
     read_old_names,
     require,
     resolve,
@@ -72,6 +71,7 @@ from runs import (
     remove,
     write_settings,
 )
+from timing import find_card, read_cards, time_table
 from trackers import Trackers, check_packages
 
 
@@ -318,7 +318,8 @@ def fill_slots(plan: Plan, held_out: int, free: float) -> int:
 
 def say_dry_run(plan: Plan, builder: PromptBuilder, problems: list[Problem],
                 demonstrations: Demonstrations | None, held_out: int, free: float) -> None:
-    """Prints the options, the prompts of the first question and the memory of each process.
+    """Prints the options, the prompts of the first question, the memory of each process, and the
+    seconds of a step where the GPU is a known one.
 
     free: the bytes that a process may take, plan.own included.
     """
@@ -336,6 +337,10 @@ def say_dry_run(plan: Plan, builder: PromptBuilder, problems: list[Problem],
         print(f"{name}, {len(tokens)} tokens:", builder.tokenizer.decode(tokens), tokens, "",
               sep="\n")
     print(plan.table(cache, o.slots, free))
+    if plan.device == "cuda":
+        card = find_card(o.cards.partition("x")[2] or torch.cuda.get_device_name())
+        print("", time_table(plan, card) if card else "The time of a step is not computed: "
+              "timing.py has no figures of this GPU", sep="\n")
 
 
 def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Problem],

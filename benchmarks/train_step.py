@@ -47,6 +47,7 @@ from memory import Plan, bytes_per_slot, count_parameters
 from model_utils import ModelConfig, find_folder, load_model
 from options import TINY, DType, OptionParser, option
 from reward import score
+from timing import communication
 
 # The targets of --check for a real model: (figure, at least or at most, bound).
 TARGETS = {
@@ -280,23 +281,6 @@ def parts_of(config: ModelConfig) -> tuple[int, int]:
     """Returns (parameters in the blocks, parameters elsewhere)."""
     block, rest = count_parameters(config)
     return config.num_layers * block, rest
-
-
-def communication(blocks: int, rest: int, processes: int, shard_size: int, micro_batches: int = 1,
-                  reference: bool = False, compute_bytes: int = 2) -> dict[str, float]:
-    """Returns the bytes that a GPU receives in each part of a step with ring algorithms. The model
-    has `blocks` parameters in its blocks and `rest` parameters elsewhere.
-
-    Embeddings, head and last norm stay gathered from the forward to the backward pass."""
-    part, replicas, count = (shard_size - 1) / shard_size, processes // shard_size, blocks + rest
-    # Weights are gathered, once for the rollout and block by block in the passes. Gradients are in
-    # float32; a reduce-scatter sums them within a replica, and after the last micro-batch an
-    # all-reduce sums them between the replicas.
-    return {"rollout": compute_bytes * count * part,
-            "forward": compute_bytes * count * part * micro_batches * (1 + reference),
-            "backward": compute_bytes * blocks * part * micro_batches,
-            "gradients": 4 * count * part * micro_batches
-            + 4 * count / shard_size * 2 * (replicas - 1) / replicas}
 
 
 def print_communication() -> None:

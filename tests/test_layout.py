@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = ["icpo", "data", "rollout", "reward", "model_utils", "train", "eval"]
 SUPPORT = ["options", "runs", "files", "rowforms", "datafiles", "distributed", "machine", "memory",
-           "verify", "own_reward", "report", "trackers", "model_card", "pilot", "curves"]
+           "timing", "verify", "own_reward", "report", "trackers", "model_card", "pilot", "curves"]
 # A file of the method may also import these: model_utils.py and eval.py, which come later in the
 # reading order, and prepare.py, which builds runs and evaluations from the files of the method.
 FORWARD = {("rollout", "model_utils"), ("train", "eval"), ("train", "prepare"), ("eval", "prepare")}
@@ -28,7 +28,8 @@ def imports_of(module: str) -> set[str]:
 
 
 def test_every_file_is_of_the_method_or_supports_it():
-    assert {file.stem for file in ROOT.glob("*.py")} == {*READING_ORDER, *SUPPORT, "prepare"}
+    assert {file.stem for file in ROOT.glob("*.py")} == {
+        *READING_ORDER, *SUPPORT, "prepare", "walkthrough"}
 
 
 @pytest.mark.parametrize("module", READING_ORDER)

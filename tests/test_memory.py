@@ -3,6 +3,7 @@ processes that share a model; and with what the configurations and docs/gpus.md 
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import weakref
@@ -19,9 +20,10 @@ import train as trainer
 from distributed import wrap_blocks
 from memory import CONTEXT, Plan, bytes_per_slot, count_parameters
 from model_utils import ModelConfig, Transformer, load_model, pack, response_logprobs
-from options import TrainingOptions, parse_training, read_cards, resolve
-from prepare import fill_slots
+from options import EvaluationOptions, OptionParser, TrainingOptions, parse_training, resolve
+from prepare import _check_evaluation, fill_slots
 from rollout import Sampler, _Settings
+from timing import FILLS, find_card, read_cards, step_seconds, time_table
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN3 = ModelConfig(151936, 2048, 6144, 28, 16, 8, 128, 1e-6, 1e6, None, 40960, True, False, False,
@@ -241,9 +243,39 @@ def test_every_configuration_says_what_it_takes(file):
     text = file.read_text()
     cards, claimed = re.search(r"^# .*?(?:--cards (\S+)\D*?|CPU\D*?)([\d.]+) GB", text,
                                re.M).groups()
-    _, peak, size, _ = table_of([str(file), *(["--cards", cards] if cards else [])], 500)
+    plan, peak, size, _ = table_of([str(file), *(["--cards", cards] if cards else [])], 500)
     assert f"{peak / 1e9:.1f}" == claimed and peak <= size
     assert text.splitlines().index(next(line for line in text.splitlines() if claimed in line)) < 3
+    times = re.findall(r"On (\w+) it computes\n# ([\d,]+) seconds a step at the longest lengths "
+                       r"and ([\d,]+) at a quarter of them; not measured on a GPU", text)
+    if cards:
+        card = find_card(cards.partition("x")[2])
+        sums = (sum(step_seconds(plan, card, fill).values()) for fill in FILLS.values())
+        assert times == [(card.name, *(f"{seconds:,.0f}" for seconds in sums))]
+    else:
+        assert not times
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")),
+                         ids=lambda file: file.stem)
+def test_the_commands_in_every_configuration_are_accepted(file):
+    text = re.sub(r"\\\n#", " ", file.read_text())
+    found = re.findall(r"^#   (.*(train|eval)\.py .*)$", text, re.M)
+    assert f"train.py configs/{file.name}" in found[0][0]
+    seen = set()
+    for command, script in found:
+        words = shlex.split(command, comments=True)
+        arguments = words[words.index(f"{script}.py") + 1:]
+        if script == "train":
+            assert arguments[0] == f"configs/{file.name}"
+            processes = re.search(r"--nproc-per-node (\d+)", command)
+            options = parse_training([str(file), *arguments[1:]])
+            resolve(options, int(processes.group(1)) if processes else 1)
+            # What each command of a file trains differs.
+            assert (kind := (options.method, options.errs)) not in seen
+            seen.add(kind)
+        else:
+            _check_evaluation(OptionParser(EvaluationOptions, "").parse(arguments))
 
 
 def test_the_arithmetic_of_small_cards_is_that_of_the_project():
@@ -254,6 +286,14 @@ def test_the_arithmetic_of_small_cards_is_that_of_the_project():
     arguments.remove("--dry-run")
     _, peak, size, table = table_of([str(ROOT / arguments[0]), *arguments[1:]], 500)
     assert table == block[1] and peak < size
+
+
+def test_the_time_in_the_page_is_that_of_the_project():
+    page = (ROOT / "docs" / "gpus.md").read_text()
+    file, cards, shown = re.search(r"```\npython train.py (\S+) --dry-run --cards (\S+)\n"
+                                   r"(Seconds.*?)\n```", page, re.S).groups()
+    plan = table_of([str(ROOT / file), "--cards", cards], 500)[0]
+    assert time_table(plan, find_card(cards.partition("x")[2])) == shown
 
 
 def test_a_dry_run_shows_the_first_question_and_writes_nothing(tmp_path):
@@ -284,9 +324,15 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
     assert not ended.value.code
     assert "Memory of each of 4 GPUs" in (said := capsys.readouterr().out)
     assert "GB more are in the CPU's memory" in said
+    assert "Seconds of a step on 4 RTX4090, computed and not measured" in said
+    with pytest.raises(SystemExit):
+        trainer.prepare([*arguments, "--cards", "4xA100"])
+    said = capsys.readouterr().out
+    assert "of 85.90 GB" in said and "Seconds of a step on 4 A100" in said
     with pytest.raises(SystemExit):
         trainer.prepare([*arguments, "--cards", "4x1"])
-    assert "it does not fit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "it does not fit" in said and "timing.py has no figures of this GPU" in said
     checkpoint = tmp_path / "old" / "checkpoints" / "step-2"   # its weights are not read either
     checkpoint.mkdir(parents=True)
     (tmp_path / "old" / "config.yaml").write_text("model: tiny\n")

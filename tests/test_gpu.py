@@ -250,7 +250,7 @@ def test_two_steps_equal_those_of_the_cpu(options, on_gpu, data, tmp_path):
 
 
 def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(on_gpu, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "draw", lambda *arguments: None)   # the pictures take seconds
+    # The pictures take seconds.
     monkeypatch.setattr(trainer.report, "draw", lambda runs, output: output.touch())
     with on_gpu():
         for folder, steps in (("whole", "2"), ("resumed", "1")):
@@ -363,7 +363,6 @@ def test_the_benchmark_runs_from_end_to_end_and_a_part_that_fails_ends_no_other(
     monkeypatch.setattr(rollouts, "QWEN3_1_7B", rollouts.QWEN3_1_7B | small)
     monkeypatch.setattr(benchmark, "measure_machine", lambda *arguments: (1e12, 1e15))
     monkeypatch.setitem(benchmark.PARTS, "tests", lambda *arguments: 1 / 0)
-    monkeypatch.setattr(trainer, "draw", lambda *arguments: None)
     monkeypatch.setattr(trainer.report, "draw", lambda runs, output: output.touch())
     with pretend():
         benchmark.main([

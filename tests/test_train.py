@@ -69,6 +69,15 @@ def torchrun(*arguments, processes=1):
             "--master-port", str(random.randint(20000, 60000)), *map(str, arguments)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """Pictures take longer than these runs. Runs in processes of their own draw, and test_eval.py.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.report, "draw", lambda runs, output: output.touch())
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """Returns the folder of an uninterrupted run of four steps."""
@@ -172,6 +181,7 @@ def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, setting
         trainer.train(prepare(whole_run, "--steps", 2, *settings))
     run_script("train.py", *SMALL, "--steps", 2, *settings, *layout, "--output-dir",
                tmp_path / "two", "--slots", 7, processes=processes)
+    assert (tmp_path / "two" / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = metrics_of(tmp_path / "two")
     assert len(rows) == 2
     for one, two in zip(metrics_of(whole_run), rows):
@@ -594,7 +604,6 @@ def test_a_run_folder_holds_all_files_and_metrics(whole_run):
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4]
     assert "eval_accuracy_before" in rows[0]
     assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer compute the same
-    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     load_model(whole_run / "final")
     modes = {file.stat().st_mode for file in (whole_run / "final").iterdir()}
     assert len(modes) == 1   # others may read the weights if they may read the rest

@@ -2,7 +2,7 @@
 
     read_rows("train.jsonl"), read_rows("gsm8k"), read_rows("openai/gsm8k:main:test")
 
-Of a bad row it says what is wrong and where. rowforms.py turns a row into a problem.
+It says what is wrong with a bad row, and where. rowforms.py turns a row into a problem.
 """
 
 import codecs
@@ -53,7 +53,7 @@ class Reading:
 
     answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
     columns: one of FIELDS -> column, with dots into a row, for data sets without a short name. An
-    optional field whose column lacks is as without it. split: the one to take of several.
+    optional field whose column is missing is left out. split: the one to take of several.
     answer_format, seed: see rowforms.to_fields.
     """
     answer_lists: str = "any"
@@ -110,7 +110,7 @@ def read_rows(source: str, needs: Sequence[str] = (),
 
 
 def name_of(source: str) -> str:
-    """A short name for what a data set is called in tables and ids."""
+    """The name of a data set in tables and ids."""
     path, *parts = source.split(":")
     name = Path(path).stem if path.endswith(SUFFIXES) else Path(path).name
     return "-".join([name, *filter(None, parts)])
@@ -131,7 +131,8 @@ def content_hash(source: str, split: str) -> str:
 def _raw_rows(source: str, split: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
     """Yields (number from 1 on, what an error says of it, row). Errors: see read_rows."""
     path = Path(source)
-    if not path.is_file():
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8) if path.is_file() else b""
+    if not path.is_file() or data.startswith(b"PAR1"):
         rows = _of_datasets(source, split)
         yield from ((n, f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
     elif path.suffix.lower() in (".csv", ".tsv"):
@@ -143,22 +144,17 @@ def _raw_rows(source: str, split: str) -> Iterator[tuple[int, str, Mapping[str, 
                     yield n, f"{path}, row {n}", {str(name): row[name] or None for name in row}
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is no table of UTF-8 text ({error})") from None
+    elif data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4")):
+        raise ValueError(f"{path} is compressed; decompress it first")
+    elif data.lstrip().startswith(b"["):
+        for n, row in enumerate(_parse(data, str(path)), start=1):
+            where = f"{path}, item {n}"
+            yield n, where, _object(row, where)
     else:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        if data.startswith(b"PAR1"):
-            rows = _of_datasets(source, split)
-            yield from ((n, f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
-        elif data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4")):
-            raise ValueError(f"{path} is compressed; decompress it first")
-        elif data.lstrip().startswith(b"["):
-            found = _parse(data, str(path))
-            yield from ((n, f"{path}, item {n}", _object(row, f"{path}, item {n}"))
-                        for n, row in enumerate(found, start=1))
-        else:
-            for n, line in enumerate(data.splitlines(), start=1):
-                if line.strip():
-                    where = f"{path}, line {n}"
-                    yield n, where, _object(_parse(line, where), where)
+        for n, line in enumerate(data.splitlines(), start=1):
+            if line.strip():
+                where = f"{path}, line {n}"
+                yield n, where, _object(_parse(line, where), where)
 
 
 def _of_datasets(source: str, preferred: str) -> Any:

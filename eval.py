@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 
-from options import PAPER, EvaluationOptions, OptionParser, end_with_mistake, samples_of
+from options import PAPER, EvaluationOptions, OptionParser, end_with_mistake, samples_of, shots_of
 
 ABOUT = "Accuracy of a model with 0 or more demonstrations in its context."
 if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
@@ -133,7 +133,7 @@ def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
 
 
 def accuracy_of(records: list[dict], samples: int) -> dict[str, float]:
-    """accuracy, low and high of `summarise` alone."""
+    """Returns accuracy, low and high as `summarise` does."""
     scores = [record["score"] for record in records]
     low, high = interval([fmean(scores[i:i + samples]) for i in range(0, len(scores), samples)])
     return {"accuracy": fmean(scores), "low": low, "high": high}
@@ -184,8 +184,7 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
     """
     label = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
     label |= {"again": True} if case.again else {}
-    title = (f"{case.data}, {case.shots} shot{'s' * (case.shots != 1)}, "
-             f"temperature {case.temperature:g}")
+    title = f"{case.data}, {shots_of(case.shots)}, temperature {case.temperature:g}"
     place = {problem.id: i for i, problem in enumerate(case.problems)}
     known = {record["id"] for record in records}
     left = [i for problem, i in place.items() if problem not in known]
@@ -228,7 +227,7 @@ def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
         for kind, names in PAPER.items():
             average = fmean(r["accuracy"] for r in rows if r["data"] in names and "again" not in r
                             and (r["shots"], r["temperature"]) == (shots, o.temperature))
-            print(f"average {kind}, {shots} shot{'s' * (shots != 1)}: {average:.1%}")
+            print(f"average {kind}, {shots_of(shots)}: {average:.1%}")
     if any(row["truncated"] > 0.5 for row in rows):
         print(f"warning: most answers of some rows were cut off at --max-new-tokens "
               f"{o.max_new_tokens}, before a final answer; raise it", file=sys.stderr)

@@ -230,7 +230,7 @@ def pairs(text: str, name: str) -> dict[str, str]:
 
 
 def template_arguments(text: str) -> dict[str, Any]:
-    """Reads --template-args; a value that is JSON, as false and 3 are, is no text."""
+    """Reads --template-args. Values that are JSON, such as false and 3, are not left as text."""
     def value(text: str) -> Any:
         try:
             return json.loads(text)
@@ -345,8 +345,7 @@ class TrainingOptions(SharedOptions):
         "then averaged (release; the update then depends on the micro-batch size)")
     loss_aggregation: Literal["tokens", "sequences", "fixed"] = _loss(
         "tokens", "the loss is a mean over response tokens, a mean over responses of their means, "
-        "or a sum over tokens by a fixed number, responses times --max-new-tokens (Dr. GRPO, "
-        "LUFFY)")
+        "or a sum over tokens divided by responses times --max-new-tokens (Dr. GRPO, LUFFY)")
     mask_truncated: bool = _loss(
         False, "responses that are cut off leave the loss, but not their group (DAPO)")
     entropy_coef: NotNegative = _loss(
@@ -454,7 +453,7 @@ class EvaluationOptions(SharedOptions):
         "", "paper: the data sets, numbers of samples and averages of the paper's table, which it "
         "prints; sets --data, and unless given --shots 0 and --temperature 0.6", free=True)
     samples: Natural = _eval(0, "answers sampled for each problem (the k of avg@k and maj@k); 0 is "
-                             "32 of aime24, aime25 and amc23, and 1 of other data")
+                             "32 for aime24, aime25 and amc23, and 1 for other data")
     k: list[int] = _eval([], "the k of pass@k, at most --samples; an answer that scores above 0 "
                          "passes (default: 1 and --samples)", free=True)
     limit: Natural = _eval(0, "use only the first so many problems; 0 uses all")
@@ -477,6 +476,11 @@ def samples_of(options: EvaluationOptions, data: str) -> int:
     """How many answers are sampled for a problem of this data set."""
     known = KNOWN.get(data.partition(":")[0])
     return options.samples or (known.samples if known else 1)
+
+
+def shots_of(number: int) -> str:
+    """How tables and pictures name this number of demonstrations."""
+    return f"{number} shot{'s' * (number != 1)}"
 
 
 # --------------------------------------------------------------------------------------------------

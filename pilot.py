@@ -16,11 +16,7 @@ matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
 
 from curves import COLOURS
-from options import EvaluationOptions, samples_of
-
-
-def shots_of(number: int) -> str:
-    return f"{number} shot{'s' * (number != 1)}"
+from options import EvaluationOptions, samples_of, shots_of
 
 
 def compare(plain: list[dict], other: list[dict], samples: int) -> dict[str, float]:

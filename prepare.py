@@ -124,7 +124,7 @@ class Run:
     trackers: Trackers = field(default_factory=Trackers)   # rank 0 reports to them
 
     def begin(self, step: int) -> None:
-        """Before step `step`, from 0 on."""
+        """Clears the notes and sets the learning rate for step `step`, counted from 0."""
         self.notes.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.options, step)

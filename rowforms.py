@@ -7,7 +7,7 @@
 | choices | `question`, `choices` or `options`, key | options; letter |
 | OlympiadBench | `question`, `final_answer` | a list of answers |
 | GSM8K | `question`, `answer` with `####` | solution, also as expert response; number |
-| plain | `problem` or `question`, … | as it is; if `answer` lacks, the solution's last box |
+| plain | `problem` or `question`, … | as it is; without `answer`, the last box |
 """
 
 import random

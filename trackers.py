@@ -85,12 +85,26 @@ class _TensorBoard:
         self.writer.close()
 
 
-class _WandB:
+class _WithTables:
+    """What wandb and trackio have in common: a `package` with tables and images, and a `run`."""
+    package: Any
+    run: Any
+
+    def log(self, step: int, metrics: dict, samples: list[dict]) -> None:
+        columns, rows = _table(samples)
+        table = {"samples": self.package.Table(columns=columns, data=rows)} if rows else {}
+        self.run.log(metrics | table, step=step)
+
+    def picture(self, step: int, file: Path) -> None:
+        self.run.log({"curves": self.package.Image(str(file))}, step=step)
+
+
+class _WandB(_WithTables):
     """Files in RUN/wandb, uploaded meanwhile if a user is logged in and the network is there."""
 
     def __init__(self, folder: Path, settings: dict, steps: int, identity: str, given: int):
         import wandb
-        self.wandb = wandb
+        self.package = wandb
         how = dict(project=os.environ.get("WANDB_PROJECT", "icpo"), name=folder.name, id=identity,
                    config=settings, dir=folder, resume="allow", allow_val_change=True,
                    # The end of a run waits so many seconds for uploads. Lines of the terminal are
@@ -106,38 +120,22 @@ class _WandB:
         # writes files of its own.
         self.last = self.run.starting_step - 1
 
-    def log(self, step: int, metrics: dict, samples: list[dict]) -> None:
-        columns, rows = _table(samples)
-        table = {"samples": self.wandb.Table(columns=columns, data=rows)} if rows else {}
-        self.run.log(metrics | table, step=step)
-
-    def picture(self, step: int, file: Path) -> None:
-        self.run.log({"curves": self.wandb.Image(str(file))}, step=step)
-
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
 
-class _Trackio:
+class _Trackio(_WithTables):
     """A database in TRACKIO_DIR, or the Space that TRACKIO_SPACE_ID names."""
 
     def __init__(self, folder: Path, settings: dict, steps: int, identity: str, given: int):
         import trackio
         self.last = given
-        self.trackio = trackio
+        self.package = trackio
         self.run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "icpo"), embed=False,
                                 name=f"{folder.name}-{identity}", config=settings, resume="allow")
 
-    def log(self, step: int, metrics: dict, samples: list[dict]) -> None:
-        columns, rows = _table(samples)
-        table = {"samples": self.trackio.Table(columns=columns, data=rows)} if rows else {}
-        self.run.log(metrics | table, step=step)
-
-    def picture(self, step: int, file: Path) -> None:
-        self.run.log({"curves": self.trackio.Image(str(file))}, step=step)
-
     def close(self, failed: bool) -> None:
-        self.trackio.finish()
+        self.package.finish()
 
 
 KINDS = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}

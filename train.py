@@ -287,7 +287,7 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
 # The run around it
 
 def held_out_accuracy(run: Run) -> dict[str, dict[str, float]]:
-    """accuracy_of the answers to the problems of each --test-data, asked plainly."""
+    """Returns accuracy_of for the answers to the plain problems of each --test-data."""
     o, model = run.options, run.whole_model()
     return {name: accuracy_of(evaluate(
         model, run.builder, problems, samples=o.eval_samples, max_new_tokens=o.max_new_tokens,

@@ -7,16 +7,15 @@ demonstrations; `expert_response` for LUFFY; `id` is optional. rowforms.py lists
 import functools
 import itertools
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from datafiles import Reading, read_rows
 from options import INSTRUCTION
-from verify import run_bounded
+from overlap import find_questions, normalise
+from templates import check_ids, check_template, writes_date
 
 DEMO_SEPARATOR = "\n\n\n"
 
@@ -61,21 +60,8 @@ class PromptBuilder:
     template_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.chat_template and self.demo_format == "text":
-            return
-        turns = ["What is 2+3?", "It is 5."] * (self.demo_format == "turns") + ["What is 1+1?"]
-        problem = "" if self.tokenizer.chat_template else "is missing"
-        if not problem:
-            try:   # a template is a program
-                shown = run_bounded(lambda: self._in_turns(turns))
-                lacks = [text for text in turns if text not in shown]
-                problem = f"leaves out {'the question' if turns[-1] in lacks else 'a turn'}" * bool(
-                    lacks)
-            except Exception as error:
-                problem = f"fails ({error})"
-        if problem:
-            raise ValueError(f"the tokenizer's chat template {problem}; give --chat-template false "
-                             f"--demo-format text")
+        if self.chat_template or self.demo_format != "text":
+            check_template(self.tokenizer, self._in_turns, self.demo_format == "turns")
 
     def plain(self, problem: Problem) -> list[int]:
         """q, the prompt on which the objective conditions every response."""
@@ -129,12 +115,7 @@ class PromptBuilder:
         return self._known(self.tokenizer.encode(self._in_turns([text]), add_special_tokens=False))
 
     def _known(self, tokens: list[int]) -> list[int]:
-        if self.vocab_size and max(tokens, default=0) >= self.vocab_size:
-            name = self.tokenizer.convert_ids_to_tokens(max(tokens))
-            raise ValueError(f"the tokenizer makes the token {name!r}, {max(tokens)}, but the "
-                             f"model's vocabulary has {self.vocab_size} tokens: give the model its "
-                             f"own tokenizer, or resize its embeddings")
-        return tokens
+        return check_ids(tokens, self.tokenizer, self.vocab_size)
 
     def _in_turns(self, texts: Sequence[str]) -> str:
         """The texts as turns of the chat template, the user's and the assistant's by turns."""
@@ -146,9 +127,7 @@ class PromptBuilder:
 
     def depends_on_date(self) -> bool:
         """Whether the template writes today's date, so that prompts change from day to day."""
-        forms = re.findall(r"strftime_now\(\s*['\"](.+?)['\"]", str(self.tokenizer.chat_template))
-        return self.chat_template and any(
-            datetime.now().strftime(form) in self._in_turns(["1+1"]) for form in forms)
+        return self.chat_template and writes_date(self.tokenizer, self._in_turns)
 
 
 class Demonstrations:
@@ -188,7 +167,7 @@ class Demonstrations:
         Returns the problems for which k demonstrations fit.
         """
         questions = [normalise(p.problem) for p in problems]
-        found = _find_questions(questions, [normalise(f"{d.problem}\0{d.solution}")
+        found = find_questions(questions, [normalise(f"{d.problem}\0{d.solution}")
                                             for d in self.pool])
         self.containing |= {question: found.get(question, set()) for question in questions}
         self.excluded["that contain the question (never drawn for it)"] = len(
@@ -225,32 +204,6 @@ class Demonstrations:
         prompt = self.builder.demo_prefixed(problem, chosen)
         fits = len(chosen) == self.k and len(prompt) <= self.max_prompt_length
         return chosen if fits else None
-
-
-def normalise(text: str) -> str:
-    """The text without spaces and case, because a question that is reformatted is the same one."""
-    return "".join(text.split()).casefold()
-
-
-def _find_questions(questions: list[str], texts: list[str],
-                    prefix: int = 32) -> dict[str, set[int]]:
-    """For each question that occurs in some text, the indices of those texts.
-
-    It looks up every window of a text among the questions' first `prefix` characters, so the time
-    grows with the length of the texts, not with texts times questions.
-    """
-    by_length: dict[int, dict[str, list[str]]] = {}
-    for question in set(questions):
-        head = question[:prefix]
-        by_length.setdefault(len(head), {}).setdefault(head, []).append(question)
-    found: dict[str, set[int]] = {}
-    for index, text in enumerate(texts):
-        for length, heads in by_length.items():
-            for start in range(len(text) - length + 1):
-                for question in heads.get(text[start:start + length], ()):
-                    if text.startswith(question, start):
-                        found.setdefault(question, set()).add(index)
-    return found
 
 
 # --------------------------------------------------------------------------------------------------

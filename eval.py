@@ -29,11 +29,12 @@ from tqdm import tqdm
 from data import Demonstrations, Problem, PromptBuilder
 from distributed import gather_objects, is_main, my_share, on_main, world_size
 from files import append_lines, read_object, write_object
+from memory import choose_slots
 from model_utils import Transformer
 from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import count_votes, extract_answer, make_scorer
-from rollout import Completion, Sampler, choose_slots, generate
+from rollout import Completion, Sampler, generate
 from runs import find_output, follow_tokens, outlive_readers, write_samples
 
 KEEP_EVERY = 64   # answers that a process scores and appends to the file at the same time
@@ -182,8 +183,6 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
 
     Each process appends its new records to the file as problems are complete.
     """
-    label = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
-    label |= {"again": True} if case.again else {}
     title = f"{case.data}, {shots_of(case.shots)}, temperature {case.temperature:g}"
     place = {problem.id: i for i, problem in enumerate(case.problems)}
     known = {record["id"] for record in records}
@@ -191,7 +190,7 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
 
     def keep(new: list[dict]) -> None:
         if is_main() or Path(o.output).is_file():   # a node may not see the folder of the first
-            append_lines(Path(o.output), [label | record for record in new])
+            append_lines(Path(o.output), [case.label | record for record in new])
 
     with tqdm(total=len(case.problems) * case.samples, initial=len(records), desc=title,
               unit="answer", disable=not is_main(), leave=False) as bar:
@@ -204,7 +203,7 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
             samples=case.samples, max_new_tokens=o.max_new_tokens, temperature=case.temperature,
             top_p=o.top_p, top_k=o.top_k, seed=seed_of(o, case), sampler=sampler, scorer=scorer,
             progress=follow_tokens(say), keep=keep)
-    return sorted(records + [label | record for record in new], key=lambda r: place[r["id"]])
+    return sorted(records + [case.label | record for record in new], key=lambda r: place[r["id"]])
 
 
 def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
@@ -247,9 +246,7 @@ def main() -> None:
             found[case.key] = sample_case(o, model, builder, scorer, case,
                                           found.get(case.key, []), sampler)
             on_main(lambda: write_samples(output, found))   # in order
-            row = {"data": case.data, "shots": case.shots, "temperature": case.temperature}
-            row |= {"again": True} if case.again else {}
-            rows.append(row | on_main(lambda case=case, records=found[case.key]: summarise(
+            rows.append(case.label | on_main(lambda case=case, records=found[case.key]: summarise(
                 records, case.samples, [k for k in o.k if k <= case.samples], o.answer_format,
                 o.verify_timeout)))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a machine needs: faster matrix products on CPUs, allocator settings, and free memory.
+"""What a machine needs: faster matrix products on CPUs, CUDA graphs, allocator settings, memory.
 
 The model knows nothing of this file; what speeds up CPUs is applied from outside.
 """
@@ -90,6 +90,39 @@ def _product(weight, bias, layers: tuple[nn.Linear, ...] = ()) -> Callable:
         return product
     sizes = [layer.out_features for layer in layers]
     return lambda x: product(x).split(sizes, dim=-1)
+
+
+Step = Callable[[], None]
+
+
+def make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
+    """Returns a function that runs a step once and returns the replay of its CUDA graph.
+
+    The run is the warm-up that capturing needs. The graphs can share their memory, because they are
+    never replayed at the same time.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step):
+        current = torch.cuda.current_stream(stream.device)   # of the sampler's GPU
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            step()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):   # records without running
+            step()
+        return graph.replay
+    return capture
+
+
+def bucket(number: int, most: int) -> int:
+    """Rounds up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but at most `most`.
+
+    These are few enough to capture a graph for each.
+    """
+    power = 1 << (number - 1).bit_length()
+    return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
 
 
 def return_freed_memory(device: torch.device) -> None:

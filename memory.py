@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from machine import free_memory
 from options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 10 ** 9        # bytes of a card that CUDA, its libraries and NCCL take
 FILL = 0.85              # share of the free memory that is used, because blocks leave gaps
+MAX_SLOTS = 256          # even where the free memory would allow more
 LOGITS_CHUNK = 1024      # positions whose logits exist at the same time
 PREFILL_POSITIONS = 4096   # that are prefilled in one pass, so that its memory is bounded
 
@@ -48,6 +50,18 @@ def bytes_per_slot(c: "ModelConfig", length: int, dtype: torch.dtype) -> int:
     """
     kv = 2 * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
     return length * (kv + 8 + 4 + 8) + c.vocab_size * 5 * 4
+
+
+def choose_slots(config: "ModelConfig", sequences: int, max_length: int, device, dtype: torch.dtype,
+                 beside: float = 0, free: float | None = None) -> int:
+    """The least of `sequences`, MAX_SLOTS and what 85 % of the free memory holds; at least 1.
+
+    beside: bytes that others will take while the cache is there. free: bytes, by default those of
+    the device now.
+    """
+    free = free_memory(torch.device(device)) if free is None else free
+    room = (FILL * free - beside) // bytes_per_slot(config, max_length, dtype)
+    return max(1, min(sequences, MAX_SLOTS, int(room)))
 
 
 @dataclass(frozen=True)

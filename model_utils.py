@@ -17,9 +17,7 @@ these in the longest response.
 """
 
 import functools
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +26,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
 
-from distributed import barrier, full_tensor, is_main, own_rows, sharded_like
-from files import brief, naming, read_object
+from distributed import barrier, full_tensor, is_main, sharded_like
+from files import read_object
+from hf_folders import (
+    find_folder,
+    read_config,
+    read_tensors,
+    read_tokenizer,
+    rope_settings,
+    write_folder,
+)
 from memory import LOGITS_CHUNK
-
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3", "mistral")
-
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -76,30 +76,9 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf) -> "ModelConfig":
-        """Reads a transformers config. Raises ValueError naming a setting that is not supported."""
-        if hf.model_type not in FAMILIES:
-            raise ValueError(f"architecture {hf.model_type!r} is not supported; supported: "
-                             f"{', '.join(FAMILIES)}")
-        if getattr(hf, "quantization_config", None):
-            raise ValueError("the model is quantised (config.json has quantization_config); give "
-                             "the unquantised one")
-        if hf.hidden_act != "silu":
-            raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported; supported: 'silu'")
-        if getattr(hf, "use_sliding_window", False):
-            raise ValueError("use_sliding_window: true is not supported; supported: full attention "
-                             "in every layer")
-        if hf.model_type == "mistral" and hf.sliding_window is not None:
-            raise ValueError(f"sliding_window: {hf.sliding_window} is not supported; supported: "
-                             f"Mistral models whose sliding_window is null (from version 0.2 on)")
-        # transformers 5 keeps all RoPE settings in rope_parameters; transformers 4 keeps them in
-        # rope_theta and rope_scaling.
-        rope = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise ValueError(f"rope_type {rope_type!r} is not supported; supported: 'default', "
-                             f"'llama3'")
-        scaling = None
-        if rope_type == "llama3":
+        """The shape that a transformers config gives."""
+        rope, scaling = rope_settings(hf), None
+        if rope["rope_type"] == "llama3":
             scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
                                   rope["original_max_position_embeddings"])
         attention_bias = getattr(hf, "attention_bias", False)
@@ -110,10 +89,8 @@ class ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
             head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-            norm_eps=hf.rms_norm_eps,
-            rope_theta=rope.get("rope_theta") or getattr(hf, "rope_theta", None) or 10_000.0,
-            rope_scaling=scaling, max_position=hf.max_position_embeddings,
-            tie_embeddings=hf.tie_word_embeddings,
+            norm_eps=hf.rms_norm_eps, rope_theta=rope["rope_theta"], rope_scaling=scaling,
+            max_position=hf.max_position_embeddings, tie_embeddings=hf.tie_word_embeddings,
             qkv_bias=hf.model_type == "qwen2" or attention_bias,
             out_bias=hf.model_type != "qwen2" and attention_bias,
             mlp_bias=getattr(hf, "mlp_bias", False), qk_norm=hf.model_type == "qwen3",
@@ -568,21 +545,6 @@ def response_logprobs(model: Transformer, packing: Packing, temperature: float =
 # --------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
-def find_folder(path: str, weights: bool = True) -> Path:
-    """The local folder of a model given as a folder or hub name. Raises ValueError for neither.
-
-    weights: download those of a hub name too.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=[
-            "*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights]))
-    except Exception as error:
-        raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub "
-                         f"did not give one of that name ({brief(error)})") from error
-
-
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch.float32,
                shard: Callable[[Transformer], Any] = lambda model: None):
     """Reads a Hugging Face folder or hub name: (Transformer, tokenizer).
@@ -595,28 +557,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
     """
     weights = str(device) != "meta"
     folder = find_folder(str(path), weights)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: not a Hugging Face model folder")
-    family = read_object(folder / "config.json").get("model_type")
-    if family not in FAMILIES:   # AutoConfig may not know it, or may run code from the folder
-        raise ValueError(f"{folder}: architecture {family!r} is not supported; supported: "
-                         f"{', '.join(FAMILIES)}")
-    with naming(folder / "config.json"):
-        hf_config = AutoConfig.from_pretrained(folder)
-        config = ModelConfig.from_hf(hf_config)
+    hf_config = read_config(folder)
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = Transformer(ModelConfig.from_hf(hf_config)).to(dtype)
     shard(model)
     if weights:
-        model.load_state_dict(_read_tensors(folder, model, device, dtype), assign=True)
-    with naming(f"the tokenizer of {folder}"):   # without files transformers makes an empty one
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        if not any((folder / name).is_file() for name in names):
-            raise ValueError("there is no tokenizer.json, tokenizer.model or vocab.json")
-        for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"):
-            if (folder / f"{name}.json").is_file():   # transformers would not say which is damaged
-                read_object(folder / f"{name}.json")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        wanted = dict(model.named_parameters())
+        tensors = read_tensors(folder, wanted, model.config.tie_embeddings, device, dtype)
+        model.load_state_dict({name: nn.Parameter(sharded_like(wanted[name], tensor))
+                               for name, tensor in tensors.items()}, assign=True)
+    tokenizer = read_tokenizer(folder)
     model.hf_config = hf_config
     if (folder / "generation_config.json").is_file():
         model.generation_config = read_object(folder / "generation_config.json")
@@ -627,62 +577,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
     return model, tokenizer
 
 
-def _read_tensors(folder: Path, model: Transformer, device, dtype) -> dict[str, torch.Tensor]:
-    wanted = dict(model.named_parameters())
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_object(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{index} has no weight_map that names the files of the tensors")
-        files = sorted({folder / name for name in names.values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors file; convert the model with "
-                         f"transformers' save_pretrained")
-    tensors, left_over, copies = {}, [], []
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing, though model.safetensors.index.json lists it")
-        with naming(file), safe_open(file, framework="pt") as reader:
-            for name in reader.keys():
-                if name.endswith("inv_freq"):   # old Llama checkpoints carry RoPE frequencies
-                    continue
-                if name == "lm_head.weight" and model.config.tie_embeddings:
-                    copies.append(reader.get_tensor(name))
-                elif name not in wanted:
-                    left_over.append(name)
-                else:
-                    part, parameter = reader.get_slice(name), wanted[name]
-                    if part.get_shape() != list(parameter.shape):
-                        raise ValueError(f"tensor {name} has shape {part.get_shape()}, "
-                                         f"config.json says {list(parameter.shape)}")
-                    # A copy, because one tensor would keep the whole mapped file in memory.
-                    tensors[name] = part[own_rows(parameter)].to(device=device, dtype=dtype,
-                                                                 copy=True)
-    missing = sorted(wanted.keys() - tensors.keys())
-    for problem, names in (("lacks", missing),
-                           ("has, beyond what config.json says,", left_over)):
-        if names:
-            more = ", …" if len(names) > 5 else ""
-            raise ValueError(f"{folder} {problem} {len(names)} tensor{'s' * (len(names) > 1)}: "
-                             f"{', '.join(names[:5])}{more}")
-    for head in copies:   # a second copy of the embeddings is harmless
-        name = "model.embed_tokens.weight"
-        if not torch.equal(head[own_rows(wanted[name])].to(device=device, dtype=dtype),
-                           tensors[name]):
-            raise ValueError(f"{folder}: config.json ties the embeddings, but lm_head.weight is "
-                             f"another tensor; set tie_word_embeddings to false to use it")
-    return {name: nn.Parameter(sharded_like(wanted[name], tensor))
-            for name, tensor in tensors.items()}
-
-
 def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
-    """Writes a Hugging Face folder: config.json, tokenizer and safetensors of at most 5 GB each.
+    """Writes a Hugging Face folder, with the weights in the model's dtype; it is whole or absent.
 
-    The weights have the model's dtype. The folder is written aside and then renamed, so it is
-    whole whenever it is there. Every process must call this; rank 0 writes. Raises ValueError if
-    `path` exists or the model came from no folder.
+    Every process must call this; rank 0 writes. Raises ValueError if `path` exists or the model
+    came from no folder.
     """
     path = Path(path)
     if path.exists():
@@ -690,28 +589,14 @@ def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
     if model.hf_config is None:
         raise ValueError("the model has no hf_config to write as config.json; load_model sets it")
     barrier()   # every process looks at `path` before rank 0 writes
-    state = {}
+    tensors = {}
     for name, parameter in model.named_parameters():
         full = full_tensor(parameter)   # a collective: every process takes part
         if is_main():
-            state[name] = full.detach().to("cpu", copy=True)   # a view of a larger storage
+            tensors[name] = full.detach().to("cpu", copy=True)   # a view of a larger storage
     if is_main():
-        aside = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)   # a save that was killed leaves one
-        aside.mkdir(parents=True)
-        save_torch_state_dict(state, aside)
-        # A copy gets the dtype, because the model in memory may be saved again in another.
-        hf_config = type(model.hf_config).from_dict(model.hf_config.to_dict())
-        hf_config.dtype = model.dtype
-        hf_config.save_pretrained(aside)
         generation = dict(model.generation_config or {})
         if generation.get("eos_token_id") is None and model.stop_ids:
             generation["eos_token_id"] = list(model.stop_ids)   # `generate` ends at no others
-        if generation:
-            text = json.dumps(generation, indent=2) + "\n"
-            (aside / "generation_config.json").write_text(text)
-        tokenizer.save_pretrained(aside)
-        for file in aside.glob("*.safetensors"):   # the library lets only the owner read them
-            file.chmod((aside / "config.json").stat().st_mode)
-        aside.rename(path)
+        write_folder(path, tensors, model.hf_config, generation, tokenizer)
     barrier()

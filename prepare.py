@@ -23,7 +23,6 @@ from data import (
     keep_admitted,
     keep_askable,
     load_problems,
-    normalise,
 )
 from datafiles import FIELDS, name_of
 from distributed import (
@@ -40,7 +39,7 @@ from distributed import (
     wrap_blocks,
 )
 from machine import free_memory, own_memory, return_freed_memory
-from memory import CONTEXT, Plan, bytes_per_slot, needs_group
+from memory import CONTEXT, Plan, bytes_per_slot, choose_slots, needs_group
 from model_utils import Transformer, load_model, save_model
 from options import (
     PAPER,
@@ -57,8 +56,9 @@ from options import (
     samples_of,
     template_arguments,
 )
+from overlap import normalise
 from reward import Notes, extract_answer, make_scorer, references
-from rollout import Sampler, choose_slots
+from rollout import Sampler
 from runs import (
     check_fingerprint,
     check_output,
@@ -398,6 +398,12 @@ class Case(NamedTuple):
     @property
     def key(self) -> tuple:
         return self.data, self.shots, self.temperature, self.again
+
+    @property
+    def label(self) -> dict[str, Any]:
+        """What stands in each record and in the row of the table."""
+        label = {"data": self.data, "shots": self.shots, "temperature": self.temperature}
+        return label | {"again": True} if self.again else label
 
 
 def prepare_evaluation(o: EvaluationOptions):

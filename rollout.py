@@ -30,11 +30,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from machine import free_memory, merged_products
-from memory import FILL, PREFILL_POSITIONS, bytes_per_slot
+from machine import bucket, free_memory, make_capture, merged_products
+from memory import PREFILL_POSITIONS, bytes_per_slot, choose_slots
 from model_utils import KVCache, ModelConfig, Transformer
+from random_numbers import stream_key, uniform
 
-MAX_SLOTS = 256            # even where the free memory would allow more
 CHECK_EVERY = 16           # decode steps on a GPU between two checks, which wait for the device
 SHARE_AT_LEAST = 32        # positions; copying a shorter common prefix costs more than it saves
 
@@ -104,7 +104,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
         slots = slots or choose_slots(model.config, sum(counts), longest, model.device, model.dtype)
         sampler = Sampler(model.config, min(slots, sum(counts)), longest, model.device, model.dtype)
     streams = range(len(prompts)) if stream_ids is None else stream_ids
-    keys = [[_stream_key(seed, streams[p], s) for s in range(count)]
+    keys = [[stream_key(seed, streams[p], s) for s in range(count)]
             for p, count in enumerate(counts)]
     settings = _Settings(temperature, top_p, top_k, tuple(stop_ids), max_new_tokens)
     waiting: deque[_Sequence] = deque(_queue(prompts, keys))
@@ -258,7 +258,7 @@ class Sampler:
             self.graphs.clear()
             self.model = (lambda: model) if self.keeps else weakref.ref(model)
             if self.stream:
-                self.capture = _make_capture(self.stream)
+                self.capture = make_capture(self.stream)
         if settings.stop_ids not in self.stops:
             self.stops[settings.stop_ids] = torch.tensor(settings.stop_ids, device=self.device,
                                                          dtype=torch.long)
@@ -424,51 +424,6 @@ class Sampler:
         return torch.tensor(numbers, device=self.device)
 
 
-Step = Callable[[], None]
-
-
-def _make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
-    """Returns a function that runs a step once and returns the replay of its CUDA graph.
-
-    The run is the warm-up that capturing needs. The graphs can share their memory, because they are
-    never replayed at the same time.
-    """
-    pool = torch.cuda.graph_pool_handle()
-
-    def capture(step):
-        current = torch.cuda.current_stream(stream.device)   # of the sampler's GPU
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            step()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):   # records without running
-            step()
-        return graph.replay
-    return capture
-
-
-def bucket(number: int, most: int) -> int:
-    """Rounds up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but at most `most`.
-
-    These are few enough to capture a graph for each.
-    """
-    power = 1 << (number - 1).bit_length()
-    return min(power * 3 // 4 if power > 2 and number <= power * 3 // 4 else power, most)
-
-
-def choose_slots(config: ModelConfig, sequences: int, max_length: int, device, dtype: torch.dtype,
-                 beside: float = 0, free: float | None = None) -> int:
-    """The least of `sequences`, MAX_SLOTS and what 85 % of the free memory holds; at least 1.
-
-    beside: bytes that others will take while the cache is there. free: bytes, by default those of
-    the device now.
-    """
-    free = free_memory(torch.device(device)) if free is None else free
-    room = (FILL * free - beside) // bytes_per_slot(config, max_length, dtype)
-    return max(1, min(sequences, MAX_SLOTS, int(room)))
-
-
 def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,
            uniforms: torch.Tensor):
     """One token a row: logits [B, V], uniforms [B] in [0, 1) -> tokens [B], logprobs [B] float32.
@@ -509,39 +464,6 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,
 
 
 _BLOCK = 128   # it divides the vocabularies of most models
-
-
-# --------------------------------------------------------------------------------------------------
-# Random numbers: the finaliser of splitmix64 (Steele, Lea, Flood, 2014) over the key of a sequence
-# and the position in it. Each number is computed without the ones before it.
-
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_64_BITS = (1 << 64) - 1
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same 64 bits; products of tensors of these wrap as unsigned ones do."""
-    return (x & _64_BITS) - (1 << 64) * ((x >> 63) & 1)
-
-
-def _stream_key(*parts: int) -> int:
-    """One int64 from (seed, stream id, sample)."""
-    key = 0
-    for part in parts:
-        key = (key + int(part) + 1) * _GOLDEN & _64_BITS
-        key = (key ^ key >> 30) * _MIX_1 & _64_BITS
-        key = (key ^ key >> 27) * _MIX_2 & _64_BITS
-        key ^= key >> 31
-    return _signed(key)
-
-
-def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """keys, positions int64, of shapes that broadcast -> float64 in [0, 1), 32 random bits each."""
-    x = keys + (positions + 1) * _signed(_GOLDEN)
-    # The masks turn the arithmetic shifts of signed numbers into logical ones.
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(_MIX_1)
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(_MIX_2)
-    return ((x ^ (x >> 31 & (1 << 33) - 1)) >> 32 & 0xFFFFFFFF).double() / 2 ** 32
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import PromptBuilder, load_problems
-from model_utils import ModelConfig, Transformer, find_folder, load_model, token_logprobs
+from hf_folders import find_folder
+from model_utils import ModelConfig, Transformer, load_model, token_logprobs
 from options import TINY, DType, OptionParser, option
 from rollout import Sampler, Work, generate
 

@@ -42,9 +42,10 @@ from benchmarks.rollout import (
     report,
     synchronise,
 )
+from hf_folders import find_folder
 from machine import own_memory
 from memory import Plan, bytes_per_slot, count_parameters
-from model_utils import ModelConfig, find_folder, load_model
+from model_utils import ModelConfig, load_model
 from options import TINY, DType, OptionParser, option
 from reward import score
 from timing import communication

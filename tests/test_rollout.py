@@ -14,19 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import memory
 import rollout
 from distributed import share_out
+from machine import bucket
+from memory import MAX_SLOTS, choose_slots
 from model_utils import ModelConfig, Transformer, token_logprobs
-from rollout import (
-    Completion,
-    Sampler,
-    _stream_key,
-    bucket,
-    choose_slots,
-    generate,
-    sample,
-    uniform,
-)
+from random_numbers import stream_key, uniform
+from rollout import Completion, Sampler, generate, sample
 
 V, NEW = 40, 24
 PROMPTS = [[5, 17, 2, 30, 9], [11], [3, 3, 8, 1, 0, 39, 22, 14, 7], [25, 6, 19],
@@ -178,7 +173,7 @@ def assert_drawn_from(counts, probs):
 def test_tokens_are_sampled_at_their_probabilities(seed, temperature, top_p, top_k):
     logits = torch.randn(V, generator=torch.Generator().manual_seed(seed)).clamp(-1.5)
     probs = exact_distribution(logits, temperature, top_p, top_k)
-    keys = torch.tensor([_stream_key(seed, i, 0) for i in range(20000)])
+    keys = torch.tensor([stream_key(seed, i, 0) for i in range(20000)])
     tokens, logprobs = sample(logits.expand(len(keys), V), temperature, top_p, top_k,
                               uniform_at(keys, 3))
     assert_drawn_from(tokens.bincount(minlength=V), probs)
@@ -215,10 +210,10 @@ def test_temperature_zero_takes_the_likeliest_token(dtype):
 
 N = 20000
 ALONG = {
-    "seeds": lambda: uniform_at(torch.tensor([_stream_key(i, 5, 2) for i in range(N)]), 0),
-    "streams": lambda: uniform_at(torch.tensor([_stream_key(0, i, 0) for i in range(N)]), 0),
-    "samples": lambda: uniform_at(torch.tensor([_stream_key(7, 1, i) for i in range(N)]), 9),
-    "positions": lambda: uniform(torch.tensor([_stream_key(0, 0, 0)]), torch.arange(N)),
+    "seeds": lambda: uniform_at(torch.tensor([stream_key(i, 5, 2) for i in range(N)]), 0),
+    "streams": lambda: uniform_at(torch.tensor([stream_key(0, i, 0) for i in range(N)]), 0),
+    "samples": lambda: uniform_at(torch.tensor([stream_key(7, 1, i) for i in range(N)]), 9),
+    "positions": lambda: uniform(torch.tensor([stream_key(0, 0, 0)]), torch.arange(N)),
     "neighbouring keys": lambda: uniform_at(torch.arange(N) - N // 2, 0),
 }
 
@@ -244,9 +239,9 @@ def test_uniform_is_the_upper_half_of_splitmix64(key):
         assert uniform_at(torch.tensor([key]), position).item() == ((z ^ z >> 31) >> 32) / 2 ** 32
 
 
-def test_stream_keys_differ():
+def teststream_keys_differ():
     numbers = (-1, 0, 1, 2, 41, 2 ** 31, 2 ** 63)
-    keys = [_stream_key(*parts) for parts in itertools.product(numbers, repeat=3)]
+    keys = [stream_key(*parts) for parts in itertools.product(numbers, repeat=3)]
     assert len(set(keys)) == len(keys) and torch.tensor(keys).dtype == torch.int64
 
 
@@ -514,7 +509,7 @@ def test_slots_fill_the_free_memory_but_for_a_margin(model, monkeypatch):
     # logits of each token in float32.
     per_slot = 2 * 2 * 2 * 64 * 16 * 4 + 64 * (8 + 4 + 8) + model.config.vocab_size * 5 * 4
     half = 2 * 2 * 2 * 64 * 16 * 2 + 64 * (8 + 4 + 8) + model.config.vocab_size * 5 * 4
-    monkeypatch.setattr(rollout, "free_memory", lambda device: 100 * per_slot)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100 * per_slot)
     choose = functools.partial(choose_slots, model.config, max_length=64, device="cpu")
     assert choose(1000, dtype=torch.float32) == 85
     assert choose(2, dtype=torch.float32) == 2
@@ -522,7 +517,7 @@ def test_slots_fill_the_free_memory_but_for_a_margin(model, monkeypatch):
     assert choose(1000, dtype=torch.float32, beside=20 * per_slot) == 65
     assert choose(1000, dtype=torch.float32, beside=200 * per_slot) == 1
     assert choose(1000, dtype=torch.float32, free=10 * per_slot) == 8
-    assert choose(1000, dtype=torch.float32, free=1000 * per_slot) == rollout.MAX_SLOTS
+    assert choose(1000, dtype=torch.float32, free=1000 * per_slot) == MAX_SLOTS
 
 
 def test_a_sampler_for_shorter_prompts_or_another_model_is_refused(model):

@@ -37,6 +37,7 @@ from hf_folders import (
     rope_settings,
     write_folder,
 )
+from machine import bfloat16_product
 from memory import LOGITS_CHUNK
 
 # --------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V], in float32 or the model's dtype, whichever is wider."""
-        return _logits(hidden, self.head)
+        return head_product(self.head)(hidden)
 
     def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None,
                 chunk_size: int = LOGITS_CHUNK, entropy_gradient: bool = False):
@@ -399,20 +400,21 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities
 
-def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[..., D], [V, D] -> [..., V]; products of bfloat16 are summed and left in float32.
+def head_product(head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """head [V, D] -> the function hidden [..., D] -> logits [..., V].
 
-    A logit of 20 rounded to bfloat16 is off by up to 1/16. The sampler and the trainer compute
-    slightly different hidden states, so they would round some logits to different sides.
+    Products of bfloat16 are summed and left in float32. A logit of 20 rounded to bfloat16 is off by
+    up to 1/16. The sampler and the trainer compute slightly different hidden states, so they would
+    round some logits to different sides.
     """
-    if hidden.dtype.itemsize >= 4:
-        return F.linear(hidden, head)
-    if hidden.is_cuda and not torch.is_grad_enabled():
-        return torch.mm(hidden.flatten(0, -2), head.T,
-                        out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
+    if head.dtype.itemsize >= 4:
+        return lambda hidden: F.linear(hidden, head)
+    if head.is_cuda and not torch.is_grad_enabled():
+        return lambda hidden: torch.mm(hidden.flatten(0, -2), head.T, out_dtype=torch.float32
+                                       ).unflatten(0, hidden.shape[:-1])
     # The product above has neither a kernel for CPUs nor a derivative. The copy of the head holds
     # V·D numbers, which is about as many as a chunk of logits.
-    return F.linear(hidden.float(), head.float())
+    return bfloat16_product(head.float())
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -427,9 +429,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, temperature, chunk_size, entropy_gradient):
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.entropy_gradient = entropy_gradient
-        pieces = []
+        pieces, product = [], head_product(head)
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            logits = _logits(h, head).float().div_(temperature)                            # [n, V]
+            logits = product(h).float().div_(temperature)                                  # [n, V]
             log_z = logits.logsumexp(-1)
             logprobs = logits.gather(-1, t[:, None])[:, 0] - log_z
             entropy = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
@@ -444,11 +446,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, *gradients):
         hidden, head, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+        product = head_product(head)
         chunks = (each.split(ctx.chunk_size)
                   for each in (hidden, targets, log_z, entropy, *gradients, grad_hidden))
         for h, t, z, H, g, g_entropy, out in zip(*chunks, strict=True):
             # ∂ log π(t) / ∂ logit is [the logit is that of t] − π; ∂ H / ∂ logit is −π·(log π + H).
-            log_p = _logits(h, head).float().div_(ctx.temperature).sub_(z[:, None])         # [n, V]
+            log_p = product(h).float().div_(ctx.temperature).sub_(z[:, None])               # [n, V]
             weight = -g[:, None]
             if ctx.entropy_gradient:
                 weight = weight - g_entropy[:, None] * (log_p + H[:, None])

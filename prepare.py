@@ -38,7 +38,7 @@ from distributed import (
     world_size,
     wrap_blocks,
 )
-from machine import free_memory, own_memory, return_freed_memory
+from machine import free_memory, has_bfloat16, own_memory, return_freed_memory
 from memory import CONTEXT, Plan, bytes_per_slot, choose_slots, needs_group
 from model_utils import Transformer, load_model, save_model
 from options import (
@@ -187,6 +187,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     o.output_dir = str(folder)
     on_main(lambda: check_packages(o.report_to))
     return_freed_memory(device)
+    _warn_of_type(o, device)
 
     notes = Notes()
     scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout, notes, o.reward_timeout)
@@ -271,6 +272,12 @@ def _check_model(o: TrainingOptions, model: Transformer, tokenizer: Any) -> None
     require(o.max_prompt_length <= model.config.max_position - o.max_new_tokens,
             f"--max-prompt-length {o.max_prompt_length} and --max-new-tokens {o.max_new_tokens} "
             f"pass the model's {model.config.max_position} positions")
+
+
+def _warn_of_type(o: SharedOptions, device: torch.device) -> None:
+    if o.dtype == "bfloat16" and device.type == "cpu" and is_main() and not has_bfloat16():
+        print("warning: this processor has no instructions for bfloat16 (AVX512_BF16 or AMX), so "
+              "--dtype bfloat16 is slower than float32 here", file=sys.stderr)
 
 
 def _check_memory(sequences: int, o: SharedOptions, options: str) -> None:
@@ -416,6 +423,7 @@ def prepare_evaluation(o: EvaluationOptions):
                          reward_timeout=o.reward_timeout)
     data = {name: load_data(o, name, "test.jsonl", "test")[:o.limit or None] for name in o.data}
     device = init_distributed(o.device)
+    _warn_of_type(o, device)
     empty, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
     choose_length(o, empty)
     _check_memory(max(len(problems) * samples_of(o, name) for name, problems in data.items()), o,

@@ -448,7 +448,8 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,
     # First the block of the vocabulary is found, then the token in it, so that only sums of blocks
     # are cumulated in float64. The clamps keep the NaN of a diverged model from becoming an index
     # out of bounds.
-    blocks = F.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    padding = -probs.shape[-1] % _BLOCK
+    blocks = (F.pad(probs, (0, padding)) if padding else probs).unflatten(-1, (-1, _BLOCK))
     cumulative = blocks.sum(-1).double().cumsum(-1)                                   # [B, V/128]
     # The sum is not exactly 1, because of rounding.
     targets = uniforms[:, None] * cumulative[:, -1:]                                      # [B, 1]

@@ -706,15 +706,18 @@ def test_token_logprobs_refuses_one_token_or_temperature_0(shape, temperature):
                     reason="needs oneDNN on x86")
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_reordered_weights_compute_the_same_and_are_restored(tied, inference):
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+def test_reordered_weights_compute_the_same_and_are_restored(dtype, close, tied, inference,
+                                                             monkeypatch):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: True)   # others compute it, slowly
     model = make_model(vocab=1000, hidden_size=384, intermediate_size=1400, attention_bias=True,
-                       tie_word_embeddings=tied)
+                       tie_word_embeddings=tied).to(dtype)
     tokens = torch.randint(0, 1000, (3, 7), generator=torch.Generator().manual_seed(0))
     parameters = list(model.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         whole = model(tokens)
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     replaced = lambda: {(type(module).__name__, name) for module in model.modules()
                         for name, value in vars(module).items() if callable(value)
                         and name in ("project", "gate_and_up", "forward", "logits")}
@@ -722,9 +725,9 @@ def test_reordered_weights_compute_the_same_and_are_restored(tied, inference):
         assert all(module.weight.numel() == 0 for module in linears)
         assert replaced() == {("Attention", "project"), ("MLP", "gate_and_up"),
                               ("Linear", "forward"), ("Transformer", "logits")}
-        cache = KVCache(model.config, 3, 7, "cpu", torch.float32)
+        cache = KVCache(model.config, 3, 7, "cpu", dtype)
         with torch.no_grad():
-            assert_close(model.logits(model.extend(tokens, cache)), whole, rtol=1e-4, atol=1e-4)
+            assert_close(model.logits(model.extend(tokens, cache)), whole, rtol=close, atol=close)
         raise KeyboardInterrupt
     assert not replaced()
     assert all(mine is parameter for mine, parameter in zip(model.parameters(), parameters))

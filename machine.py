@@ -161,10 +161,14 @@ def bfloat16_product(weight: torch.Tensor) -> Callable:
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """Makes glibc return freed large tensors to the system; by default it may keep about half."""
+    """Makes glibc return freed large tensors to the system; by default it may keep about half.
+
+    Small ones stay in the process, up to 256 MB, because mapping them again takes time.
+    """
     if device.type == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(AttributeError):     # another C library
-            ctypes.CDLL(None).mallopt(-3, 16 << 20)   # M_MMAP_THRESHOLD
+        with contextlib.suppress(AttributeError):       # another C library
+            ctypes.CDLL(None).mallopt(-3, 16 << 20)     # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, 256 << 20)    # M_TRIM_THRESHOLD
 
 
 def prepare_gradients(model: nn.Module, device: torch.device) -> None:

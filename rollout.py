@@ -99,8 +99,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
            sampler)
     if not prompts:
         return []
+    longest = max(map(len, prompts)) + max_new_tokens
     if sampler is None:
-        longest = max(map(len, prompts)) + max_new_tokens
         slots = slots or choose_slots(model.config, sum(counts), longest, model.device, model.dtype)
         sampler = Sampler(model.config, min(slots, sum(counts)), longest, model.device, model.dtype)
     streams = range(len(prompts)) if stream_ids is None else stream_ids
@@ -116,7 +116,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
         # A compiled step keeps the addresses of the weights, so they must not move.
         products = contextlib.nullcontext() if sampler.compiled else merged_products(model)
         with products, torch.inference_mode():
-            sampler.prepare(model, settings)
+            sampler.prepare(model, settings, usable, longest)
             while waiting or len(ended) < len(running):
                 # The next sequences waiting take the slots of those that have ended.
                 free = ended + list(range(len(running), sampler.slots))
@@ -194,12 +194,12 @@ class _Settings(NamedTuple):
 class Sampler:
     """Slots of a static cache, and the decode step over the first of them.
 
-    The tensors keep their addresses from one rollout to the next, so that CUDA graphs may refer to
-    them. slots: sequences at the same time. max_length: positions of each, prompt and response
-    together. compile: put the decode step through torch.compile. Raises ValueError, with the
-    numbers, where the cache does not fit.
+    On a GPU the tensors keep their addresses from one rollout to the next, so that CUDA graphs may
+    refer to them. slots: sequences at the same time, at most. max_length: positions of each, prompt
+    and response together, at most. compile: put the decode step through torch.compile. Raises
+    ValueError, with the numbers, where the cache does not fit.
     """
-    # `prepare` allocates these and `release` frees them.
+    # `prepare` allocates these and `release` frees them; on a CPU for what a rollout needs alone.
     cache: KVCache
     lengths: torch.Tensor         # [slots] positions in the cache
     tokens: torch.Tensor          # [slots] the last token, which is not yet in the cache
@@ -234,25 +234,30 @@ class Sampler:
                              f"{needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free: fewer "
                              f"slots, or shorter prompts and responses, would fit")
 
-    def prepare(self, model: Transformer, settings: _Settings) -> None:
+    def prepare(self, model: Transformer, settings: _Settings, slots: int, length: int) -> None:
         """Allocates what is not yet there, and drops the graphs of another model.
+
+        slots, length: what the rollout needs.
 
         Graphs refer to the weights and the cache they were captured with. Where `keeps` is set, the
         sampler holds a model that is gathered for every rollout, gather_model puts the next weights
         into it, and the graphs serve again.
         """
+        if self.stream or self.capture or self.compiled:
+            slots, length = self.slots, self.max_length
+        if "cache" in vars(self) and (len(self.flat) < slots or self.cache.size < length):
+            self.release()
         if "cache" not in vars(self):
-            self.cache = KVCache(self.config, self.slots, self.max_length, self.device, self.dtype)
+            self.cache = KVCache(self.config, slots, length, self.device, self.dtype)
             zeros = functools.partial(torch.zeros, device=self.device, dtype=torch.long)
-            shape = (self.slots, self.max_length)
-            self.lengths, self.tokens, self.counts = (zeros(self.slots) for _ in range(3))
+            self.lengths, self.tokens, self.counts = (zeros(slots) for _ in range(3))
             self.done, self.broken, self.spoiled = torch.ones_like(self.counts), zeros(1), 0
-            self.prompt_logits = zeros(self.slots, self.config.vocab_size,   # as Transformer.logits
+            self.prompt_logits = zeros(slots, self.config.vocab_size,   # as Transformer.logits
                                        dtype=torch.promote_types(self.dtype, torch.float32))
-            self.sampled = zeros(shape)
-            self.logprobs = zeros(shape, dtype=torch.float32)
-            self.uniforms = zeros(shape, dtype=torch.float64)
-            self.flat = torch.arange(self.slots, device=self.device) * self.max_length
+            self.sampled = zeros(slots, length)
+            self.logprobs = zeros(slots, length, dtype=torch.float32)
+            self.uniforms = zeros(slots, length, dtype=torch.float64)
+            self.flat = torch.arange(slots, device=self.device) * length
             self.stops = {}
         if self.model() is not model:
             self.graphs.clear()
@@ -291,7 +296,7 @@ class Sampler:
                 self.prompt_logits[targets] = self.prompt_logits[sources]
             if self.spoiled:   # NaN behind their prefixes would reach them
                 slots = self._tensor([s.slot for s in members])
-                self.cache.copy(slots, slots, self.max_length,
+                self.cache.copy(slots, slots, self.cache.size,
                                 self._tensor([s.shared for s in members]))
             # Rows of similar length go together. Rows without a prefix go apart from the others,
             # because their attention is cheaper.
@@ -327,7 +332,7 @@ class Sampler:
         tokens = self._tensor([rest + rest[-1:] * (width - len(rest)) for rest in rests])  # [B, T]
         slots = self._tensor([s.slot for s in batch])
         starts = self._tensor([s.shared for s in batch]) if batch[0].shared else None
-        span = min(width + max(s.shared for s in batch), self.max_length)
+        span = min(width + max(s.shared for s in batch), self.cache.size)
         hidden = model.extend(tokens, self.cache, slots, starts, span)                 # [B, T, D]
         last = self._tensor([len(rest) - 1 for rest in rests])
         rows = torch.arange(len(batch), device=self.device)
@@ -410,7 +415,7 @@ class Sampler:
         targets = self._tensor(list(moved))
         lengths = [len(s.prompt) + s.count for s in moved.values()]
         if self.spoiled:
-            self.cache.copy(sources, targets, self.max_length, self._tensor(lengths))
+            self.cache.copy(sources, targets, self.cache.size, self._tensor(lengths))
         else:
             self.cache.copy(sources, targets, max(lengths))
         for state in (self.lengths, self.tokens, self.counts, self.done, self.sampled,

@@ -60,7 +60,7 @@ def test_parameters_are_counted(config):
 
 def test_a_slot_takes_what_the_sampler_allocates():
     sampler = Sampler(SMALL, 8, 100, "cpu", torch.bfloat16)
-    sampler.prepare(torch.nn.Module(), _Settings(1.0, 1.0, 0, (0,), 50))
+    sampler.prepare(torch.nn.Module(), _Settings(1.0, 1.0, 0, (0,), 50), 8, 100)
     tensors = [*sampler.cache.keys, *sampler.cache.values,
                *(value for value in vars(sampler).values() if isinstance(value, torch.Tensor))]
     allocated = sum(t.nbytes for t in tensors)

@@ -15,6 +15,7 @@ from typing import Any
 from datafiles import Reading, read_rows
 from options import INSTRUCTION
 from overlap import find_questions, normalise
+from stopping import StopStrings, check_stops, decode
 from templates import check_ids, check_template, writes_date
 
 DEMO_SEPARATOR = "\n\n\n"
@@ -47,9 +48,10 @@ class PromptBuilder:
     the plain question. demo_format: how [D; q] is written: "turns", each demonstration a user's and
     an assistant's turn of the template; "one-turn", all in one user turn; "text", no template.
     vocab_size: that of the model. system: text of a system turn where the template is; empty is no
-    such turn. template_args: further arguments of the template. Raises ValueError for a template
-    that is missing, fails, does not end or leaves out the question, and for a token id beyond the
-    vocabulary.
+    such turn. template_args: further arguments of the template. stop: stop strings of every
+    response; None is DEMO_SEPARATOR for responses to raw text, and none for others. Raises
+    ValueError for a template that is missing, fails, does not end or leaves out the question, for a
+    stop string that can never occur, and for a token id beyond the vocabulary.
     """
     tokenizer: Any
     instruction: str = INSTRUCTION
@@ -58,8 +60,10 @@ class PromptBuilder:
     vocab_size: int | None = None
     system: str = ""
     template_args: dict[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] | None = None
 
     def __post_init__(self):
+        check_stops(self.tokenizer, self.stop or ())
         if self.chat_template or self.demo_format != "text":
             check_template(self.tokenizer, self._in_turns, self.demo_format == "turns")
 
@@ -91,13 +95,19 @@ class PromptBuilder:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return self._known(tokens + [self.tokenizer.eos_token_id])
 
-    def response_text(self, tokens: list[int], stop_ids: Sequence[int]) -> str:
-        """What the model wrote, without the token that ended it.
+    @functools.cached_property
+    def stop_at(self) -> list[StopStrings | None]:
+        """What ends responses, beside the stop ids: [to q, to [D; q]]. See `generate`."""
+        raw = (not self.chat_template, self.demo_format == "text")
+        strings = [(DEMO_SEPARATOR,) * each if self.stop is None else self.stop for each in raw]
+        return [StopStrings(self.tokenizer, each) if each else None for each in strings]
 
-        Other special tokens stay, because <answer> may be one.
-        """
+    def response_text(self, tokens: list[int], stop_ids: Sequence[int],
+                      stop_at: StopStrings | None = None) -> str:
+        """What the model wrote, without the stop id or the stop string that ended it."""
         ended = bool(tokens) and tokens[-1] in (*stop_ids, self.tokenizer.eos_token_id)
-        return self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=False)
+        text = decode(self.tokenizer, tokens[:-1] if ended else tokens)
+        return stop_at.before(text) if stop_at else text
 
     def demonstration_length(self, demonstration: Problem) -> int:
         """The number of tokens that a demonstration takes."""
@@ -228,6 +238,8 @@ class Response:
     finished: bool
     text: str
     reward: float | None = None     # R(τ), once it is scored
+    # Its tokens as they were sampled, see stopping.end_response; none for a data set's response.
+    sampled: list[int] = field(default_factory=list)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
     complete: list[int] = []   # problems that are not scored yet
     records: dict[tuple[int, int], dict] = {}
     scorer = scorer or make_scorer()
+    stop_at = demonstrations.builder.stop_at[True] if demonstrations else builder.stop_at[False]
 
     def end(index: int, completion: Completion) -> None:
         i = mine[index // samples]
@@ -80,7 +81,7 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
         found = [(i, answers.pop(i)) for i in sorted(complete)]
         complete.clear()
         rows = [(i, j, completions[j]) for i, completions in found for j in range(samples)]
-        texts = [builder.response_text(c.tokens, model.stop_ids) for *_, c in rows]
+        texts = [builder.response_text(c.tokens, model.stop_ids, stop_at) for *_, c in rows]
         scores = scorer(texts, [problems[i] for i, *_ in rows]) if rows else []
         new = {(i, j): {"id": problems[i].id, "sample": j, "response": text, "score": right,
                         "tokens": len(c.tokens), "finished": c.finished}
@@ -91,7 +92,7 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
     generate(model, [prompts[i] for i in mine], n=samples, max_new_tokens=max_new_tokens,
              temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=model.stop_ids, seed=seed,
              stream_ids=[numbers[i] for i in mine], slots=slots, sampler=sampler,
-             progress=progress, on_end=end)
+             progress=progress, on_end=end, stop_at=[stop_at] * len(mine))
     last = score()
     if keep:
         keep(last)

@@ -240,6 +240,15 @@ def template_arguments(text: str) -> dict[str, Any]:
     return {name: value(each) for name, each in pairs(text, "template_args").items()}
 
 
+def stop_strings(options: "SharedOptions") -> tuple[str, ...] | None:
+    """Reads --stop; None is auto. Raises ValueError where auto or none is not the only word."""
+    words = options.stop
+    require(len(words) == 1 or not {"auto", "none"} & set(words),
+            f"--stop {' '.join(words)}: auto and none stand alone")
+    return {"auto": None, "none": ()}.get(words[0], tuple(
+        each.replace("\\n", "\n").replace("\\t", "\t") for each in words))
+
+
 # --------------------------------------------------------------------------------------------------
 # The options
 
@@ -279,6 +288,11 @@ class SharedOptions:
     temperature: Positive = _sample(1.0, "of the policy, in sampling and in the objective")
     top_p: Share = _sample(1.0, "keep the likeliest tokens that reach this probability")
     top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all")
+    stop: list[str] = _sample(
+        ["auto"], "texts that end a response, which is what stands before the first of them; \\n "
+        "is a line break; none is no such text; auto is the separator of demonstrations, "
+        "\\n\\n\\n, for responses to raw text (to a question with --chat-template false, to "
+        "demonstrations with --demo-format text), and none for others")
     slots: Natural = _sample(
         0, "sequences that a process samples at the same time; 0 is as many as there are, but at "
         "most 256 and what fits in the free memory", free=True)
@@ -559,6 +573,8 @@ def _as_arguments(settings: dict) -> list[str]:
     reads as text, becomes a number."""
     found = []
     for name, value in settings.items():
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]   # behind = it may begin with a dash
         if isinstance(value, list):
             found += [flag(name), *map(str, value)]
         elif value is not None:

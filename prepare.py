@@ -54,6 +54,7 @@ from options import (
     require,
     resolve,
     samples_of,
+    stop_strings,
     template_arguments,
 )
 from overlap import normalise
@@ -79,7 +80,8 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
     require(o.chat_template or not (o.system or o.template_args),
             "--system and --template-args act on the chat template: they need --chat-template true")
     builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_format,
-                            model.config.vocab_size, o.system, template_arguments(o.template_args))
+                            model.config.vocab_size, o.system, template_arguments(o.template_args),
+                            stop_strings(o))
     if builder.depends_on_date() and is_main():
         print(f"warning: the chat template of {o.model} writes today's date, so prompts change "
               f"from day to day: --template-args date_string='26 Jul 2024', or the name that the "

@@ -39,6 +39,7 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     groups, varied = batch.group.unique(), batch.group[batch.advantages != 0].unique()
     totals.add(groups=len(groups), all_equal=len(groups) - len(varied),
                accepted=(batch.off_policy & batch.accepted).sum().item(),
+               sampled=sum(len(r.sampled) for r in batch.responses),
                verify_timeouts=run.notes.timeouts, unsettled=run.notes.unsettled.total(),
                answered=sum(bool(run.final_answer(r.text)) for r in batch.responses
                             if not r.off_policy))
@@ -72,7 +73,7 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
         "response_length_off": per(s["tokens_off"], s["count_off"]),
         "truncated": per(s["cut_on"], s["count_on"]),
         "truncated_off": per(s["cut_off"], s["count_off"]),
-        "tokens_sampled": s["tokens_on"] + s["tokens_off"] * (run.options.off_policy != "dataset"),
+        "tokens_sampled": s["sampled"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "tokens_per_second": (s["tokens_on"] + s["tokens_off"]) / sum(seconds),
         "step_seconds": sum(seconds),

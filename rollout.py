@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,13 +37,14 @@ from random_numbers import stream_key, uniform
 
 CHECK_EVERY = 16           # decode steps on a GPU between two checks, which wait for the device
 SHARE_AT_LEAST = 32        # positions; copying a shorter common prefix costs more than it saves
+StopAt = Callable[[list[int], int], int | None]   # see `generate`
 
 
 @dataclass
 class Completion:
     tokens: list[int]        # the stop id included
     logprobs: list[float]    # of each token, under the distribution it was sampled from
-    finished: bool           # True: ended by a stop id; False: cut at max_new_tokens
+    finished: bool           # True: ended by a stop id or stop_at; False: cut at max_new_tokens
 
 
 @dataclass
@@ -66,6 +67,9 @@ class _Sequence:
     shared: int                  # tokens to copy from it; all, if both prompts are equal
     slot: int = -1
     count: int = 0               # tokens sampled
+    stop_at: "StopAt | None" = None
+    seen: list[int] = field(default_factory=list)   # the tokens that stop_at has seen
+    stopped: bool = False        # by stop_at
 
 
 def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[int] = 1,
@@ -73,7 +77,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
              stop_ids: Sequence[int] = (), seed: int = 0, stream_ids: Sequence[int] | None = None,
              slots: int = 0, sampler: "Sampler | None" = None,
              progress: Callable[[int, int], None] | None = None,
-             on_end: Callable[[int, Completion], None] | None = None) -> list[Completion]:
+             on_end: Callable[[int, Completion], None] | None = None,
+             stop_at: Sequence[StopAt | None] | None = None) -> list[Completion]:
     """Samples n completions of each prompt; n consecutive ones a prompt, in the prompts' order.
 
     n: one number, or one for each prompt. max_new_tokens: the longest completion. stop_ids: each of
@@ -91,12 +96,14 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
         last call.
     on_end: called with (index, completion) when one ends; then none is kept, and the result is
         empty.
+    stop_at: for each prompt None, or a function of (the tokens sampled, without a stop id; how many
+        of them it has seen before) that returns how many of them end the completion, or None.
     Raises ValueError, with the numbers, for prompts, lengths or settings that make no sense and for
     a cache that does not fit.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
     _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots,
-           sampler)
+           sampler, stop_at)
     if not prompts:
         return []
     longest = max(map(len, prompts)) + max_new_tokens
@@ -107,7 +114,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     keys = [[stream_key(seed, streams[p], s) for s in range(count)]
             for p, count in enumerate(counts)]
     settings = _Settings(temperature, top_p, top_k, tuple(stop_ids), max_new_tokens)
-    waiting: deque[_Sequence] = deque(_queue(prompts, keys))
+    waiting: deque[_Sequence] = deque(_queue(prompts, keys, stop_at or [None] * len(prompts)))
     running: list[_Sequence] = []   # running[b] is in slot b
     ended: list[int] = []           # slots, ascending
     completions: dict[int, Completion] = {}
@@ -149,7 +156,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     return [completions[index] for index in sorted(completions)]
 
 
-def _queue(prompts, keys) -> list[_Sequence]:
+def _queue(prompts, keys, stop_at) -> list[_Sequence]:
     """The sequences in lexicographic order of their prompts.
 
     Each gets the longest prefix that an earlier one has. In this order all sequences from a leader
@@ -169,7 +176,8 @@ def _queue(prompts, keys) -> list[_Sequence]:
                 common.append((shared, leader))
             if shared < SHARE_AT_LEAST and shared < len(prompts[p]):
                 leader, shared = None, 0
-            queue.append(_Sequence(offsets[p] + sample, prompts[p], key, leader, shared))
+            queue.append(_Sequence(offsets[p] + sample, prompts[p], key, leader, shared,
+                                   stop_at=stop_at[p]))
     return queue
 
 
@@ -364,6 +372,9 @@ class Sampler:
         state = torch.cat((self.counts[:len(running)], self.done[:len(running)],
                            self.broken)).tolist()
         counts, dones, self.spoiled = state[:len(running)], state[len(running):-1], state[-1]
+        watched = [s for s in running if s.stop_at]
+        if watched:
+            self._stop(watched, counts, dones, settings)
         sampled = sum(counts) - sum(s.count for s in running)
         for s, count in zip(running, counts):
             s.count = count
@@ -373,6 +384,20 @@ class Sampler:
         self.work.wasted_positions += batch * steps - sampled
         self.work.slot_steps += usable * steps
         return [slot for slot, done in enumerate(dones) if done], sampled
+
+    def _stop(self, watched, counts, dones, settings):
+        """Asks stop_at where sequences end; it shortens their counts, by slot, and sets dones."""
+        slots, seen = [s.slot for s in watched], [len(s.seen) for s in watched]
+        width = max(counts[slot] - begin for slot, begin in zip(slots, seen))
+        places = self._tensor(seen)[:, None] + torch.arange(width, device=self.device)
+        new = self.sampled[self._tensor(slots)[:, None], places.clamp(max=self.max_length - 1)]
+        for s, begin, tokens in zip(watched, seen, new.tolist(), strict=True):
+            s.seen += [token for token in tokens[:counts[s.slot] - begin]
+                       if token not in settings.stop_ids]
+            end = s.stop_at(s.seen, begin)
+            if end is not None:
+                counts[s.slot], dones[s.slot], s.stopped = end, 1, True
+                self.done[s.slot] = 1
 
     def _step(self, model, batch, span, settings):
         """Samples a token for each of the first `batch` slots, without waiting for the device."""
@@ -406,7 +431,7 @@ class Sampler:
         rows = zip(ended, self.sampled[slots, :longest].tolist(),
                    self.logprobs[slots, :longest].tolist(), strict=True)
         return [(s, Completion(tokens[:s.count], logprobs[:s.count],
-                               tokens[s.count - 1] in settings.stop_ids))
+                               s.stopped or tokens[s.count - 1] in settings.stop_ids))
                 for s, tokens, logprobs in rows]
 
     def move(self, moved: dict[int, _Sequence]) -> None:
@@ -476,7 +501,7 @@ _BLOCK = 128   # it divides the vocabularies of most models
 # Arguments
 
 def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, stream_ids, slots,
-           sampler) -> None:
+           sampler, stop_at) -> None:
     for name, value, least in (*(("n", count, 1) for count in counts),
                                ("max_new_tokens", max_new_tokens, 1), ("slots", slots, 0),
                                ("top_k", top_k, 0), ("temperature", temperature, 0)):
@@ -486,7 +511,7 @@ def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, st
         raise ValueError(f"temperature must be a finite number, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    for name, values in (("n", counts), ("stream_ids", stream_ids)):
+    for name, values in (("n", counts), ("stream_ids", stream_ids), ("stop_at", stop_at)):
         if values is not None and len(values) != len(prompts):
             raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: give one each")
     config = model.config

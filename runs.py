@@ -103,7 +103,8 @@ def claim_folder(options: TrainingOptions) -> Claim:
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:
-    return with_absolute_paths(read_settings(folder / "config.yaml"))
+    # A run of an earlier version had no stop strings.
+    return {"stop": ["none"]} | with_absolute_paths(read_settings(folder / "config.yaml"))
 
 
 def _claim(folder: Path, saved: dict | None, resume: bool = False) -> Claim:
@@ -657,6 +658,9 @@ def write_samples(output: Path, found: dict[tuple, list[dict]]) -> None:
 
 def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:
     was = old.get("changed", {})
+    if old and (options.demo_format == "text" or not options.chat_template
+                or options.stop != ["auto"]):
+        old = {"stop": ["none"]} | old   # an evaluation of an earlier version had no stop strings
     then = replace(options, samples=old.get("samples", 0))
     if all(samples_of(then, case.data) == samples_of(options, case.data) for case in cases):
         old = old | {"samples": options.samples}   # 0 and the number that it stands for are equal

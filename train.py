@@ -17,7 +17,6 @@ same update, apart from rounding, and a resumed run needs no random state.
 """
 
 import contextlib
-import functools
 import math
 import random
 import sys
@@ -44,6 +43,7 @@ from machine import prepare_gradients
 from model_utils import pack, response_logprobs, to_rows
 from prepare import Run, prepare
 from rollout import Work, generate
+from stopping import end_response, fold
 
 
 def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "Batch"]:
@@ -120,7 +120,7 @@ def sample_responses(run: Run, questions: list[Question], step: int,
     """Step 2: N_on responses of π_θold(·|q) to each question, and N_off off-policy ones."""
     o, solved = run.options, set()
     demo = [(q, j, prompt) for q in questions for j, (_, prompt) in enumerate(q.demos)]
-    text = functools.partial(run.builder.response_text, stop_ids=run.model.stop_ids)
+    builder, stop_ids = run.builder, run.model.stop_ids
 
     def stream(kind: int, number: int) -> int:   # evaluation uses the streams below 2^32
         return ((2 * step + kind) << 32) + number
@@ -131,15 +131,16 @@ def sample_responses(run: Run, questions: list[Question], step: int,
             return generate(
                 model, [q.prompt for q in plain] + demo_prompts, n=counts,
                 max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_p=o.top_p,
-                top_k=o.top_k, stop_ids=model.stop_ids, seed=o.seed,
+                top_k=o.top_k, stop_ids=stop_ids, seed=o.seed,
                 stream_ids=[stream(1, q.index) for q in plain]
                 + [stream(2, q.index * o.n_off + j) for q, j, _ in demo], sampler=run.sampler,
-                progress=runs.say_sampling(say, sum(counts)))
+                progress=runs.say_sampling(say, sum(counts)),
+                stop_at=builder.stop_at[:1] * len(plain) + builder.stop_at[1:] * len(demo))
 
         rows = [(q, False, q.prompt) for q in plain for _ in range(o.n_on)]
         rows += [(q, True, prompt) for q, _, prompt in demo]
         found = icpo.implicit_expert_forcing(policy, [prompt for *_, prompt in demo])
-        return [Response(*row, c.tokens, c.logprobs, c.finished, text(c.tokens))
+        return [end_response(Response(*row, c.tokens, c.logprobs, c.finished, ""), run)
                 for row, c in zip(rows, found, strict=True)]
 
     with behaviour_policy(run) as model:
@@ -151,9 +152,9 @@ def sample_responses(run: Run, questions: list[Question], step: int,
             responses += sample([], [each for each in demo if each[0].index not in solved])
     for q in questions if o.off_policy == "dataset" else ():
         if q.index not in solved:   # LUFFY's denominator is 1, a log-probability of 0
-            tokens = run.builder.expert_response(q.problem)
+            tokens = builder.expert_response(q.problem)
             responses.append(Response(q, True, q.prompt, tokens, [0.0] * len(tokens), True,
-                                      text(tokens)))
+                                      builder.response_text(tokens, stop_ids)))
     return sorted(responses, key=lambda r: (r.question.index, r.off_policy))
 
 
@@ -258,7 +259,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     return found
 
 
-_ROW = Response(Question(0, Problem("", ""), [0], []), False, [0], [0], [0.0], True, "")
+_ROW = Response(Question(0, Problem("", ""), [0], []), False, [0], [0], [0.0], True, "", 0, [0])
 # A dummy row whose mask is all zeros, for a process that has no rows left while others have.
 NOTHING = Batch([_ROW], *(torch.zeros(1, dtype=dtype) for dtype in (
     torch.long, torch.bool, torch.float64, torch.bool, torch.bool, torch.float64)), bonus=0.0)
@@ -270,15 +271,14 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
 
     Returns the largest difference to the sampler's, over all processes.
     """
-    gap, o = 0.0, run.options
-    responses = [r for r in responses if not (r.off_policy and o.off_policy == "dataset")]
+    gap, o, responses = 0.0, run.options, [r for r in responses if r.sampled]
     for rows in distributed.micro_batches(
-            [len(r.behaviour_prompt) + len(r.tokens) for r in responses], o.micro_batch_tokens):
+            [len(r.behaviour_prompt) + len(r.sampled) for r in responses], o.micro_batch_tokens):
         micro = [responses[i] for i in rows] or [_ROW]
-        packing = pack([r.behaviour_prompt for r in micro], [r.tokens for r in micro], run.device)
+        packing = pack([r.behaviour_prompt for r in micro], [r.sampled for r in micro], run.device)
         logprobs, _ = response_logprobs(run.model, packing, o.temperature)
         for response, row in zip(micro, logprobs.tolist() if rows else (), strict=False):
-            old, response.old_logprobs = response.old_logprobs, row[:len(response.tokens)]
+            old, response.old_logprobs = response.old_logprobs, fold(row, response)
             gap = max(gap, *(abs(a - b) for a, b in zip(response.old_logprobs, old, strict=True)))
     return max(gather_objects(gap))
 

@@ -108,6 +108,12 @@ def eager(step):
     return step
 
 
+def ends_at_a_sum(tokens, seen):
+    """A stop_at."""
+    return next((end for end in range(seen + 1, len(tokens) + 1)
+                 if sum(tokens[max(0, end - 2):end]) % 7 == 0), None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_rollouts_equal_those_of_the_cpu(seed, dtype, monkeypatch):
@@ -135,7 +141,8 @@ def test_rollouts_equal_those_of_the_cpu(seed, dtype, monkeypatch):
         n = [draw.randint(1, 4) for _ in prompts]
         settings = dict(max_new_tokens=draw.randint(6, 12), stop_ids=draw.sample(range(V), 4),
                         temperature=draw.choice([0, 1.0, 0.7]), top_k=draw.choice([0, 5]),
-                        top_p=draw.choice([1.0, 0.8]), seed=draw.randrange(99))
+                        top_p=draw.choice([1.0, 0.8]), seed=draw.randrange(99),
+                        stop_at=[draw.choice([None, ends_at_a_sum]) for _ in prompts])
         wanted = generate(model, prompts, n=n, sampler=plain, **settings)
         with pretend() as gpu:
             found = generate(there, prompts, n=n, sampler=sampler, **settings)

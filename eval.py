@@ -184,7 +184,8 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
 
     Each process appends its new records to the file as problems are complete.
     """
-    title = f"{case.data}, {shots_of(case.shots)}, temperature {case.temperature:g}"
+    title = ", ".join(filter(None, (case.data, shots_of(case.shots), case.demo_format,
+                                    f"temperature {case.temperature:g}")))
     place = {problem.id: i for i, problem in enumerate(case.problems)}
     known = {record["id"] for record in records}
     left = [i for problem, i in place.items() if problem not in known]
@@ -213,21 +214,27 @@ def print_table(o: EvaluationOptions, rows: list[dict]) -> None:
     number = numbers[0] if len(numbers) == 1 else "k"
     print(f"{o.model}, {' or '.join(map(str, numbers))} sample{'s' * (numbers != [1])} a problem")
     width = max(len(row["data"]) for row in rows) + 1
-    print(f"{'data':<{width}}{'shots':>5}{'temperature':>13}{'problems':>10}"
+    shots = [str(row["shots"]) for row in rows]
+    if any("demo_format" in row for row in rows):   # then each row says which it has
+        shots = [f"{n} {row.get('demo_format', o.demo_format)}" if row["shots"] else n
+                 for n, row in zip(shots, rows)]
+    wide = max(5, *(len(n) + 1 for n in shots))
+    print(f"{'data':<{width}}{'shots':>{wide}}{'temperature':>13}{'problems':>10}"
           + f"{'k':>4}" * (number == "k") + f"{f'avg@{number}':>9}{'95 % interval':>17}"
           + "".join(f"{f'pass@{k}':>9}" for k in o.k)
           + f"{f'maj@{number}':>9}{'tokens':>9}{'truncated':>11}")
-    for r in rows:
-        print(f"{r['data']:<{width}}{r['shots']:>5}{r['temperature']:>13g}{r['problems']:>10}"
+    for n, r in zip(shots, rows):
+        print(f"{r['data']:<{width}}{n:>{wide}}{r['temperature']:>13g}{r['problems']:>10}"
               + f"{samples_of(o, r['data']):>4}" * (number == "k") + f"{r['accuracy']:>9.1%}"
               + f"{r['low']:.1%} to {r['high']:.1%}".rjust(17)
               + "".join(f"{r[f'pass@{k}']:>9.1%}" if f"pass@{k}" in r else " " * 9 for k in o.k)
               + f"{r['majority']:>9.1%}{r['tokens']:>9.1f}{r['truncated']:>11.1%}")
-    for shots in o.shots if o.suite else ():   # as the paper prints them: each set counts alike
-        for kind, names in PAPER.items():
-            average = fmean(r["accuracy"] for r in rows if r["data"] in names and "again" not in r
-                            and (r["shots"], r["temperature"]) == (shots, o.temperature))
-            print(f"average {kind}, {shots_of(shots)}: {average:.1%}")
+    first = [row for row in rows if "again" not in row] if o.suite else []
+    for n, form in dict.fromkeys((row["shots"], row.get("demo_format", "")) for row in first):
+        for kind, names in PAPER.items():   # as the paper prints them: each set counts alike
+            average = fmean(r["accuracy"] for r in first if r["data"] in names
+                            and (r["shots"], r.get("demo_format", "")) == (n, form))
+            print(f"average {kind}, {shots_of(n)}{', ' * bool(form)}{form}: {average:.1%}")
     if any(row["truncated"] > 0.5 for row in rows):
         print(f"warning: most answers of some rows were cut off at --max-new-tokens "
               f"{o.max_new_tokens}, before a final answer; raise it", file=sys.stderr)

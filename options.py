@@ -44,6 +44,7 @@ BelowOne = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1
 ZeroOrAboveOne = Annotated[float, Range("0 (off) or above 1", lambda x: x == 0 or x > 1)]
 AnswerFormat = Literal["boxed", "gsm8k", "tags"]
 DType = Literal["float32", "bfloat16"]
+DemoFormat = Literal["one-turn", "turns", "text"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class SharedOptions:
     template_args: str = _data(
         "", "arguments of the chat template: enable_thinking=false,NAME=VALUE")
     chat_template: bool = _data(True, "put the tokenizer's chat template around the plain question")
-    demo_format: Literal["one-turn", "turns", "text"] = _data(
+    demo_format: DemoFormat = _data(
         "one-turn", "demonstrations and question: all in one user turn of the template; each "
         "demonstration a user's and an assistant's turn; or text without the template (release)")
     demo_chat_template: bool | None = _data(
@@ -473,7 +474,11 @@ class EvaluationOptions(SharedOptions):
     limit: Natural = _eval(0, "use only the first so many problems; 0 uses all")
     compare_shots: bool = _eval(
         False, "the paper's pilot study, which says whether ICPO can help this model: compare "
-        "answers without and with demonstrations, and at raised --temperatures", free=True)
+        "answers without and with demonstrations, and at raised --temperatures; each of these and "
+        "of --compare-formats samples answers to all problems once more", free=True)
+    compare_formats: list[DemoFormat] = _eval(
+        [], "the --demo-format of --compare-shots, one or several, of which it recommends one "
+        "(default: all that the tokenizer allows, three with a chat template)", free=True)
     temperatures: list[float] = _eval([1.2, 1.5], "those of --compare-shots", free=True)
     output: str = _run("", "file for every sample, and with .json for the table; samples of the "
                        "same settings that it holds are not sampled again (default: eval.jsonl in "

@@ -6,9 +6,9 @@ import random
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ from memory import CONTEXT, Plan, bytes_per_slot, choose_slots, needs_group
 from model_utils import Transformer, load_model, save_model
 from options import (
     PAPER,
+    DemoFormat,
     EvaluationOptions,
     SharedOptions,
     TrainingOptions,
@@ -403,16 +404,19 @@ class Case(NamedTuple):
     temperature: float
     samples: int          # answers to each problem
     again: bool = False   # a second draw, with random numbers of its own
+    demo_format: str = ""   # where it is another than --demo-format
 
     @property
     def key(self) -> tuple:
-        return self.data, self.shots, self.temperature, self.again
+        return self.data, self.shots, self.temperature, self.again, self.demo_format
 
     @property
     def label(self) -> dict[str, Any]:
         """What stands in each record and in the row of the table."""
-        label = {"data": self.data, "shots": self.shots, "temperature": self.temperature}
-        return label | {"again": True} if self.again else label
+        label = {"data": self.data, "shots": self.shots, "temperature": self.temperature,
+                 "again": self.again, "demo_format": self.demo_format}
+        return {name: value for name, value in label.items()
+                if value or name not in ("again", "demo_format")}
 
 
 def prepare_evaluation(o: EvaluationOptions):
@@ -437,15 +441,18 @@ def prepare_evaluation(o: EvaluationOptions):
     builder = make_builder(o, tokenizer, empty)
     numbers = sorted(set(o.shots) - {0})
     worked = load_demonstrations(o) if numbers else []
-    pools = {k: Demonstrations(worked, builder, k, room, o.demo_min_chars) for k in numbers}
+    formats = compared_formats(o, builder) if o.compare_shots else {"": builder}
+    pools = {(k, form): Demonstrations(worked, each, k, room, o.demo_min_chars)
+             for k in numbers for form, each in formats.items()}
     cases, left_out = [], []
     assert o.temperature is not None   # _check_evaluation resolved it
     for name, problems in data.items():   # all rows of a data set are over the same problems
         kept = keep_askable(problems, f"problems of {name}", builder, room, left_out,
                             *pools.values())
         number = samples_of(o, name)
-        cases += [Case(name, shots, kept, pools.get(shots), o.temperature, number)
-                  for shots in o.shots]
+        cases += [Case(name, shots, kept, pools.get((shots, form)), o.temperature, number,
+                       demo_format=form)
+                  for shots in o.shots for form in (formats if shots else [""])]
         if o.compare_shots:
             cases += [Case(name, 0, kept, None, temperature, number, again=True)
                       for temperature in [o.temperature, *sorted(o.temperatures)]]
@@ -453,6 +460,21 @@ def prepare_evaluation(o: EvaluationOptions):
         print(*left_out, sep="\n")
     model, _ = load_any_model(o.model, device, getattr(torch, o.dtype))
     return model, builder, scorer, cases
+
+
+def compared_formats(o: EvaluationOptions, builder: PromptBuilder) -> dict[str, PromptBuilder]:
+    """The builders of --compare-formats by format; "" is --demo-format.
+
+    Raises ValueError for a format that was given and that the tokenizer does not allow.
+    """
+    found = {}
+    for form in o.compare_formats or get_args(DemoFormat):
+        try:
+            found["" if form == o.demo_format else form] = replace(builder, demo_format=form)
+        except ValueError:
+            if o.compare_formats:
+                raise
+    return found
 
 
 def _check_evaluation(o: EvaluationOptions) -> None:
@@ -473,7 +495,10 @@ def _check_evaluation(o: EvaluationOptions) -> None:
             f".json and .png: give {output.parent / output.stem}.jsonl, not {o.output}")
     if o.output:
         on_main(lambda: check_output(output))
-    for name, values in (("data", o.data), ("shots", o.shots)):
+    require(o.compare_shots or not o.compare_formats,
+            "--compare-formats are the formats of --compare-shots: give that, too")
+    for name, values in (("data", o.data), ("shots", o.shots),
+                         ("compare-formats", o.compare_formats)):
         require(len(set(values)) == len(values),
                 f"{name}: {', '.join(map(str, values))} names one twice")
     require(not o.compare_shots or (

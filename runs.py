@@ -565,7 +565,8 @@ def say_sampling(say: Callable[[str], None], total: int) -> Callable[[int, int],
 
 def key_of(record: dict) -> tuple:
     """The case that a record belongs to."""
-    return record["data"], record["shots"], record["temperature"], record.get("again", False)
+    return (record["data"], record["shots"], record["temperature"], record.get("again", False),
+            record.get("demo_format", ""))
 
 
 def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:

@@ -122,7 +122,8 @@ def make_setting(folder: Path, share: str, steps: int) -> None:
         aside.rename(folder)
     if not rows_of(folder / "pilot.json", "comparison"):   # eval.py resumes a stopped evaluation.
         with clock(folder / "seconds"):
-            run(["eval.py", "--compare-shots", "--model", str(folder / "model"), "--data", "tiny",
+            run(["eval.py", "--compare-shots", "--compare-formats", "one-turn", "--model",
+                 str(folder / "model"), "--data", "tiny",
                  *(str(folder.parent / f"{name}.jsonl") for name in LONGER), "--max-new-tokens",
                  "96", "--output", str(folder / "pilot.jsonl")], folder / "pilot.log")
 

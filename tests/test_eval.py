@@ -1,22 +1,27 @@
+import itertools
 import json
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from processes import Script
 from processes import run as run_script
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 import curves
 import pilot
 import train
 from data import Demonstrations, PromptBuilder, load_problems
-from eval import evaluate, interval, summarise
+from eval import evaluate, interval, print_table, summarise
+from make import make_tokenizer
 from model_utils import load_model
-from options import METHODS, EvaluationOptions
-from prepare import load_any_model, prepare_evaluation
+from options import METHODS, PAPER, EvaluationOptions
+from prepare import compared_formats, load_any_model, prepare_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -257,13 +262,85 @@ def test_compare_shots_reports_the_change_per_setting(tmp_path):
     assert (tmp_path / "evals/tiny.png").read_bytes().startswith(b"\x89PNG")
     result, = json.loads((tmp_path / TABLE).read_text())["comparison"]
     rows = [json.loads(line) for line in (tmp_path / SAMPLES).read_text().splitlines()]
-    plain, steered = ([row["score"] for row in rows
-                       if (row["shots"], "again" in row) == (shots, False)] for shots in (0, 1))
-    difference = pytest.approx((sum(steered) - sum(plain)) / 40)
-    assert result["changes"]["1 shot"]["difference"] == difference
-    assert list(result["changes"]) == ["0 shots again", "temperature 1.4", "1 shot"]
+    scores = {shots and row.get("demo_format", "one-turn"): [] for row in rows
+              for shots in [row["shots"]]}
+    for row in rows:
+        if "again" not in row:
+            scores[row["shots"] and row.get("demo_format", "one-turn")].append(row["score"])
+    assert scores.keys() == {0, "one-turn", "turns", "text"}
+    means = {form: fmean(each) for form, each in scores.items()}
+    for form in ("one-turn", "turns", "text"):
+        difference = result["changes"][f"1 shot, {form}"]["difference"]
+        assert difference == pytest.approx(means[form] - means[0])
+    assert list(result["changes"]) == ["0 shots again", "temperature 1.4", "1 shot, one-turn",
+                                       "1 shot, turns", "1 shot, text"]
+    best = max(("one-turn", "turns", "text"), key=means.__getitem__)
+    assert result["steered"]["accuracy"] == pytest.approx(means[best])
+    assert f"Recommended: train.py --demo-format {best} --num-demonstrations 1" in done.stdout
+    table = [line.split() for line in done.stdout.splitlines()[2:7]]
+    assert [line[1:3] for line in table[:4]] == [["0", "1"], ["1", "one-turn"], ["1", "turns"],
+                                                 ["1", "text"]]
+    # A file of one format goes on with the others, and no sample is drawn twice.
+    lines = (tmp_path / SAMPLES).read_text().splitlines(keepends=True)
+    (tmp_path / SAMPLES).write_text("".join(line for line in lines if "demo_format" not in line))
+    again = command(tmp_path, "--compare-shots", "--temperatures", 1.4, "--samples", 1, check=True)
+    assert again.stdout == done.stdout
+    assert sorted((tmp_path / SAMPLES).read_text().splitlines(keepends=True)) == sorted(lines)
+    one = command(tmp_path, "--compare-shots", "--temperatures", 1.4, "--samples", 1,
+                  "--compare-formats", "one-turn", check=True)
+    assert "Recommended" not in one.stdout and "tiny, 1 shot  " in one.stdout
     refused = command(tmp_path, "--compare-shots", "--shots", 1, 2)
     assert refused.returncode == 2 and "compares --shots 0 with one other number" in refused.stderr
+    for more, message in ((["--compare-formats", "text"], "give that, too"),
+                          (["--compare-shots", "--compare-formats", "text", "text"], "one twice")):
+        refused = command(tmp_path, *more)
+        assert refused.returncode == 2 and message in refused.stderr
+
+
+@pytest.mark.parametrize("gain, lead, said", [
+    ((0.1, 0.3), (0.05, 0.2), "better than the next, text, by +12.5 points (+5.0 to +20.0). "
+     "Recommended: train.py --demo-format turns --num-demonstrations 2"),
+    ((0.1, 0.3), (-0.05, 0.2), "not told apart from the next, text: +7.5 points (-5.0 to +20.0). "
+     "Recommended: train.py --demo-format turns"),
+    ((-0.1, 0.3), (0.05, 0.2), "No format is recommended, because none is shown to help.")])
+def test_the_recommendation_follows_both_intervals(gain, lead, said):
+    gain, lead = ({"difference": (low + high) / 2, "difference_low": low, "difference_high": high}
+                  for low, high in (gain, lead))
+    text = pilot.recommend("--num-demonstrations 2", {"turns": gain, "text": {}, "x": {}}, lead)
+    assert said in text and f"turns has the highest accuracy, {pilot.points(gain)}" in text
+
+
+def test_the_formats_compared_are_those_that_the_tokenizer_allows(embedded):
+    _, builder, _ = embedded
+    bare = make_tokenizer()
+    bare.chat_template = None
+    raw = PromptBuilder(bare, chat_template=False, demo_format="text")
+
+    def compared(builder, *formats):
+        options = EvaluationOptions(compare_formats=list(formats), demo_format=builder.demo_format)
+        return {form: each.demo_format for form, each in compared_formats(options, builder).items()}
+
+    assert compared(builder) == {"": "one-turn", "turns": "turns", "text": "text"}
+    assert compared(builder, "text", "turns") == {"text": "text", "turns": "turns"}
+    assert compared(raw) == {"": "text"}
+    with pytest.raises(ValueError, match="chat template is missing"):
+        compared(raw, "turns")
+
+
+def test_the_averages_of_a_suite_are_those_of_each_format(capsys):
+    options = EvaluationOptions(suite="paper", shots=[0, 1], temperature=0.6, k=[1], samples=1)
+    row = {"temperature": 0.6, "problems": 9, "low": 0.0, "high": 1.0, "pass@1": 0.5,
+           "majority": 0.5, "tokens": 9.0, "truncated": 0.0}
+    kinds = [({"shots": 0}, 0.1), ({"shots": 1}, 0.2), ({"shots": 1, "demo_format": "text"}, 0.3),
+             ({"shots": 0, "again": True}, 0.9)]
+    names = [name for each in PAPER.values() for name in each]
+    print_table(options, [row | {"data": name, "accuracy": accuracy} | kind
+                          for name in names for kind, accuracy in kinds])
+    averages = [line for line in capsys.readouterr().out.splitlines() if "average" in line]
+    assert averages == [
+        f"average {kind}, {shots}: {accuracy}%" for shots, accuracy in (
+            ("0 shots", "10.0"), ("1 shot", "20.0"), ("1 shot, text", "30.0"))
+        for kind in ("in-distribution", "out-of-distribution")]
 
 
 def drawn(monkeypatch, module, *arguments):
@@ -282,19 +359,24 @@ def drawn(monkeypatch, module, *arguments):
 
 def test_the_picture_of_a_comparison_has_bars_and_a_legend_that_covers_none(tmp_path, monkeypatch):
     change = {"distance": 0.5, "gained": 0.3, "lost": 0.2}
-    result = {"plain": {"shots": 0, "accuracy": 0.4, "low": 0.3, "high": 0.5},
-              "steered": {"shots": 1, "accuracy": 0.8, "low": 0.7, "high": 0.9},
-              "changes": dict.fromkeys(["0 shots again", "temperature 1.4", "1 shot"], change)}
+    formats = [f"2 shots, {form}" for form in ("one-turn", "turns", "text")]
+    others = ["0 shots again", "temperature 1.2", "temperature 1.5", *formats]
+    result = {"accuracies": {"0 shots": {"accuracy": 0.4, "low": 0.3, "high": 0.5},
+                             **dict.fromkeys(formats, {"accuracy": 0.8, "low": 0.7, "high": 0.9})},
+              "changes": dict.fromkeys(others, change)}
     figure, names = drawn(monkeypatch, pilot, [result | {"data": "tiny"}, result | {"data": "b/c"}],
                           tmp_path / "out.png")
     assert names == ["tiny", "c"]
     edge = figure.bbox.width   # titles are whole
     assert all(axis.title.get_window_extent().x1 <= edge for axis in figure.axes)
     accuracy, distance, flips = figure.axes
-    assert [text.get_text() for text in accuracy.get_xticklabels()] == ["0 shots", "1 shot"]
-    assert [bar.get_height() for bar in accuracy.patches] == [0.4, 0.8] * 2
-    assert [bar.get_height() for bar in distance.patches] == [0.5] * 6
-    assert [bar.get_height() for bar in flips.patches] == ([0.3] * 3 + [-0.2] * 3) * 2
+    for axis, kinds in ((accuracy, ["0 shots", *formats]), (distance, others), (flips, others)):
+        assert [text.get_text().replace("\n", " ") for text in axis.get_xticklabels()] == kinds
+        boxes = [text.get_window_extent() for text in axis.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))   # each can be read
+    assert [bar.get_height() for bar in accuracy.patches] == [0.4, 0.8, 0.8, 0.8] * 2
+    assert [bar.get_height() for bar in distance.patches] == [0.5] * 12
+    assert [bar.get_height() for bar in flips.patches] == ([0.3] * 6 + [-0.2] * 6) * 2
     # No line joins kinds of answers, which have no order: the only one is that of 0.
     assert not distance.lines and [list(line.get_ydata()) for line in flips.lines] == [[0, 0]]
 

@@ -390,7 +390,7 @@ class Sampler:
         slots, seen = [s.slot for s in watched], [len(s.seen) for s in watched]
         width = max(counts[slot] - begin for slot, begin in zip(slots, seen))
         places = self._tensor(seen)[:, None] + torch.arange(width, device=self.device)
-        new = self.sampled[self._tensor(slots)[:, None], places.clamp(max=self.max_length - 1)]
+        new = self.sampled[self._tensor(slots)[:, None], places.clamp(max=self.cache.size - 1)]
         for s, begin, tokens in zip(watched, seen, new.tolist(), strict=True):
             s.seen += [token for token in tokens[:counts[s.slot] - begin]
                        if token not in settings.stop_ids]

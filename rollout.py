@@ -28,12 +28,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from machine import bucket, free_memory, make_capture, merged_products
 from memory import PREFILL_POSITIONS, bytes_per_slot, choose_slots
 from model_utils import KVCache, ModelConfig, Transformer
-from random_numbers import stream_key, uniform
+from sampling import sample, stream_key, uniform
 
 CHECK_EVERY = 16           # decode steps on a GPU between two checks, which wait for the device
 SHARE_AT_LEAST = 32        # positions; copying a shorter common prefix costs more than it saves
@@ -167,7 +166,7 @@ def _queue(prompts, keys, stop_at) -> list[_Sequence]:
     offsets = list(itertools.accumulate(map(len, keys), initial=0))   # of a prompt's results
     common: list[tuple[int, _Sequence]] = []   # (length, leader): prefixes of the last, ascending
     for p in sorted(range(len(prompts)), key=lambda p: prompts[p]):
-        for sample, key in enumerate(keys[p]):
+        for number, key in enumerate(keys[p]):
             leader, shared = None, 0
             if queue:
                 leader, shared = queue[-1], _shared_prefix(queue[-1].prompt, prompts[p])
@@ -176,7 +175,7 @@ def _queue(prompts, keys, stop_at) -> list[_Sequence]:
                 common.append((shared, leader))
             if shared < SHARE_AT_LEAST and shared < len(prompts[p]):
                 leader, shared = None, 0
-            queue.append(_Sequence(offsets[p] + sample, prompts[p], key, leader, shared,
+            queue.append(_Sequence(offsets[p] + number, prompts[p], key, leader, shared,
                                    stop_at=stop_at[p]))
     return queue
 
@@ -452,49 +451,6 @@ class Sampler:
 
     def _tensor(self, numbers) -> torch.Tensor:
         return torch.tensor(numbers, device=self.device)
-
-
-def sample(logits: torch.Tensor, temperature: float, top_p: float, top_k: int,
-           uniforms: torch.Tensor):
-    """One token a row: logits [B, V], uniforms [B] in [0, 1) -> tokens [B], logprobs [B] float32.
-
-    It inverts the distribution: the token is the first one at which the cumulative probability
-    passes the uniform number.
-    """
-    if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
-        best = logits.gather(-1, tokens)[:, 0].float()
-        return tokens[:, 0], best - best   # 0, or NaN
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if top_k or top_p < 1:
-        count = min(top_k, logits.shape[-1])
-        ranked, ids = logits.topk(count) if top_k else logits.sort(descending=True)
-        if top_p < 1:
-            probs = ranked.softmax(-1)
-            likelier = probs.cumsum(-1) - probs   # of the tokens before this one
-            ranked = ranked.masked_fill(likelier >= top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, ranked)
-    probs = logits.softmax(-1)                                                            # [B, V]
-    # First the block of the vocabulary is found, then the token in it, so that only sums of blocks
-    # are cumulated in float64. The clamps keep the NaN of a diverged model from becoming an index
-    # out of bounds.
-    padding = -probs.shape[-1] % _BLOCK
-    blocks = (F.pad(probs, (0, padding)) if padding else probs).unflatten(-1, (-1, _BLOCK))
-    cumulative = blocks.sum(-1).double().cumsum(-1)                                   # [B, V/128]
-    # The sum is not exactly 1, because of rounding.
-    targets = uniforms[:, None] * cumulative[:, -1:]                                      # [B, 1]
-    block = torch.searchsorted(cumulative, targets, right=True)
-    block = block.clamp(max=cumulative.shape[-1] - 1)                                     # [B, 1]
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
-    inside = inside.double().cumsum(-1)                                                 # [B, 128]
-    targets = targets - F.pad(cumulative, (1, 0)).gather(1, block)
-    targets = targets.minimum(inside[:, -1:] * (1 - 1e-15))   # both sums of a block are rounded
-    tokens = block * _BLOCK + torch.searchsorted(inside, targets, right=True)             # [B, 1]
-    tokens = tokens.clamp(max=probs.shape[-1] - 1)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
-
-
-_BLOCK = 128   # it divides the vocabularies of most models
 
 
 # --------------------------------------------------------------------------------------------------

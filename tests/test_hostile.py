@@ -16,7 +16,7 @@ from processes import run as run_script
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-import data
+import templates
 import train as trainer
 from data import Problem, PromptBuilder
 from model_utils import load_model
@@ -208,7 +208,7 @@ def test_an_end_of_text_token_beyond_the_vocabulary(tmp_path, capsys):
     ("{{ raise_exception('only with tools') }}", "chat template fails (only with tools)"),
 ])
 def test_chat_templates_that_cannot_be_used(monkeypatch, template, words):
-    monkeypatch.setattr(data, "run_bounded", functools.partial(run_bounded, seconds=1))
+    monkeypatch.setattr(templates, "run_bounded", functools.partial(run_bounded, seconds=1))
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     tokenizer.chat_template = template
     with pytest.raises(ValueError) as caught:

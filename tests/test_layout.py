@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = ["icpo", "data", "rollout", "reward", "model_utils", "train", "eval"]
 SUPPORT = ["options", "runs", "files", "rowforms", "datafiles", "templates", "stopping", "overlap",
-           "hf_folders", "distributed", "machine", "memory", "random_numbers", "timing", "verify",
+           "hf_folders", "distributed", "machine", "memory", "sampling", "timing", "verify",
            "own_reward", "report", "trackers", "model_card", "pilot", "curves"]
 # A file of the method may also import these: model_utils.py and eval.py, which come later in the
 # reading order, and prepare.py, which builds runs and evaluations from the files of the method.

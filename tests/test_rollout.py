@@ -20,8 +20,8 @@ from distributed import share_out
 from machine import bucket
 from memory import MAX_SLOTS, choose_slots
 from model_utils import ModelConfig, Transformer, token_logprobs
-from random_numbers import stream_key, uniform
-from rollout import Completion, Sampler, generate, sample
+from rollout import Completion, Sampler, generate
+from sampling import sample, stream_key, uniform
 
 V, NEW = 40, 24
 PROMPTS = [[5, 17, 2, 30, 9], [11], [3, 3, 8, 1, 0, 39, 22, 14, 7], [25, 6, 19],

@@ -26,6 +26,7 @@ from rollout import Sampler, _Settings
 from timing import FILLS, find_card, read_cards, step_seconds, time_table
 
 ROOT = Path(__file__).resolve().parent.parent
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 QWEN3 = ModelConfig(151936, 2048, 6144, 28, 16, 8, 128, 1e-6, 1e6, None, 40960, True, False, False,
                     False, True)
 SMOLLM2 = ModelConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, None, 8192, True, False, False,
@@ -67,6 +68,21 @@ def test_a_slot_takes_what_the_sampler_allocates():
     decoding = 8 * SMALL.vocab_size * 4 * 4   # logits, and three times to draw a token
     assert bytes_per_slot(SMALL, 100, torch.bfloat16) * 8 == pytest.approx(
         allocated + decoding, rel=0.01)
+
+
+@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(),
+                    reason="needs huge pages")
+def test_large_tensors_lie_in_huge_pages(tmp_path):
+    (tmp_path / "pages.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import model_utils   # as every script of the project does before its first tensor
+import torch
+large = torch.ones(2 ** 25)
+print(open("/proc/self/smaps_rollup").read())
+""")
+    shown = run_script("pages.py", root=tmp_path).stdout
+    assert int(re.search(r"AnonHugePages: +(\d+) kB", shown)[1]) >= 2 ** 27 // 1024 - 4096
 
 
 class Live(TorchDispatchMode):

@@ -520,6 +520,15 @@ def test_slots_fill_the_free_memory_but_for_a_margin(model, monkeypatch):
     assert choose(1000, dtype=torch.float32, free=1000 * per_slot) == MAX_SLOTS
 
 
+def test_a_rollout_on_a_cpu_takes_the_memory_that_it_needs(model):
+    sampler = Sampler(model.config, 8, 60, "cpu", torch.float32)
+    for prompts, new, held in (([[5, 6, 7]], 4, (2, 7)), ([[5, 6, 7]], 2, (2, 7)),
+                               ([[5, 6], [9] * 10], 20, (4, 30)), ([[8, 2]] * 6, 30, (8, 32))):
+        found = generate(model, prompts, n=2, max_new_tokens=new, sampler=sampler)
+        assert found == generate(model, prompts, n=2, max_new_tokens=new)
+        assert (len(sampler.cache.keys[0]), sampler.cache.size) == held
+
+
 def test_a_sampler_for_shorter_prompts_or_another_model_is_refused(model):
     sampler = Sampler(model.config, 2, 20, "cpu", torch.float32)
     with pytest.raises(ValueError, match="prompt 0 has 11 tokens; with max_new_tokens=10 "

@@ -176,9 +176,10 @@ def tokens_until(folder: Path) -> dict[int, float]:
     return found
 
 
-def draw_tokens(runs: dict[str, list[Path]], output: Path) -> list[str]:
+def draw_tokens(runs: dict[str, list[Path]], output: Path, baseline: str = "GRPO") -> list[str]:
     """Draws held-out accuracy against the tokens sampled in training, means over seeds, and returns
-    a line per system: tokens in all, and until it reaches GRPO's accuracy at the end."""
+    a line per system: tokens in all, and until it reaches the accuracy that GRPO, here named
+    `baseline`, has at the end."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     curves = {}
     for number, (name, folders) in enumerate(runs.items()):
@@ -194,7 +195,7 @@ def draw_tokens(runs: dict[str, list[Path]], output: Path) -> list[str]:
     axis.legend()
     figure.savefig(output, dpi=110)
     plt.close(figure)
-    goal = curves["GRPO"][-1][1] if "GRPO" in curves else None
+    goal = curves[baseline][-1][1] if baseline in curves else None
     lines = []
     for name, curve in curves.items():
         line = f"- {name}: {1e-3 * curve[-1][0]:,.0f} thousand tokens sampled"

@@ -5,6 +5,7 @@ A system is a method with its settings, and a run trains it once, with one seed.
 """
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist, fmean
+from typing import TextIO
 
 import matplotlib
 import numpy as np
@@ -33,19 +35,28 @@ from curves import COLOURS, read_metrics, series
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def claim(folder: Path, settings: dict) -> None:
-    """Makes the folder of an experiment, or goes on in one with the same settings. Raises
-    ValueError for a folder with other settings or files of others."""
+def claim(folder: Path, settings: dict) -> TextIO:
+    """Makes the folder of an experiment, or goes on in one with the same settings. Returns an open
+    file that locks it until this script and all processes that it started have ended. Raises
+    ValueError for a folder that is locked, has other settings or holds files of others."""
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "settings.json"
-    if not about.is_file():
-        if any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files that this script did not write; give another "
-                             f"--output-dir")
+    if not about.is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that this script did not write; give another "
+                         f"--output-dir")
+    lock = about.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by this script or by a process that it started "
+                         f"before it was killed; wait, or give another --output-dir") from None
+    os.set_inheritable(lock.fileno(), True)   # A process that outlives the script holds the lock.
+    if not about.read_text():
         about.write_text(json.dumps(settings) + "\n")
     if json.loads(about.read_text()) != settings:
         raise ValueError(f"{folder} holds runs with {about.read_text().strip()}, not with "
                          f"{json.dumps(settings)}; give another --output-dir")
+    return lock
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] = ONE_THREAD) -> None:
@@ -54,6 +65,7 @@ def run(command: list[str], log: Path, environment: dict[str, str] = ONE_THREAD)
     with log.open("a") as file:
         code = subprocess.run(
             [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            close_fds=False,   # The lock of `claim` is the only file that can be inherited.
             env=os.environ | environment).returncode
     if code:
         raise RuntimeError(f"{' '.join(command)} failed. {log} holds all of its output, which ends "

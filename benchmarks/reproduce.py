@@ -167,8 +167,8 @@ def main() -> None:
     folder = "reproduce-quick" if o.quick else "reproduce"
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
     try:
-        claim(o.output_dir, {"make": f"{MAKE} --steps {o.model_steps}",
-                             "train": f"{TRAIN} --steps {o.steps}"})
+        _lock = claim(o.output_dir, {"make": f"{MAKE} --steps {o.model_steps}",
+                                     "train": f"{TRAIN} --steps {o.steps}"})
     except ValueError as error:
         parser.error(str(error))
     for name, terms in LONGER.items():

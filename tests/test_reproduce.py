@@ -1,6 +1,7 @@
 import argparse
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,3 +139,23 @@ def test_pictures_and_results_name_the_systems_alike():
 def test_a_run_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="no-such-option"):
         experiments.run(["train.py", "--no-such-option", "1"], tmp_path / "log")
+
+
+def test_a_folder_is_locked_until_the_started_processes_have_ended(tmp_path):
+    settings, folder = {"train": "--steps 1"}, tmp_path / "out"
+    lock = experiments.claim(folder, settings)
+    with pytest.raises(ValueError, match="in use"):
+        experiments.claim(folder, settings)
+    code = "import sys; sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, close_fds=False)
+    lock.close()   # as a kill of the script does
+    with pytest.raises(ValueError, match="in use"):
+        experiments.claim(folder, settings)
+    child.communicate()
+    experiments.claim(folder, settings).close()
+    with pytest.raises(ValueError, match="--steps 1.*, not with .*--steps 2"):
+        experiments.claim(folder, {"train": "--steps 2"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="did not write"):
+        experiments.claim(tmp_path / "other", settings)

@@ -291,13 +291,11 @@ def report(o) -> None:
 # The command
 
 def fast_dtype() -> str:
-    """Returns bfloat16 where the machine multiplies faster in it: a GPU, or a processor with
-    AVX512_BF16 or AMX."""
+    """Returns bfloat16 for a GPU and for a processor with instructions for it, else float32."""
     import torch  # It takes seconds.
 
-    able = torch.cpu.get_capabilities()
-    return "bfloat16" if (torch.cuda.is_available() or able.get("avx512_bf16")
-                          or able.get("amx_bf16")) else "float32"
+    from machine import has_bfloat16
+    return "bfloat16" if torch.cuda.is_available() or has_bfloat16() else "float32"
 
 
 def main() -> None:

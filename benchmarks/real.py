@@ -318,7 +318,8 @@ def main() -> None:
     add("--dtype", choices=["float32", "bfloat16"], help="to compute in (default: bfloat16 on a "
         "GPU or a processor with AVX512_BF16 or AMX, else float32)")
     add("--report", action="store_true", help="write results.md of what is there, and end")
-    add("--quick", action="store_true", help="every part once, with few steps, problems and tokens")
+    add("--quick", action="store_true", help="run every part with one seed, few steps and "
+        "few problems")
     o = parser.parse_args()
     o.seeds, o.steps = o.seeds or (1 if o.quick else 3), o.steps or (2 if o.quick else 60)
     folder = "real-quick" if o.quick else "real"

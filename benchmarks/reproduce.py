@@ -16,32 +16,36 @@ shows how demonstrations change that model's answers.
 """
 
 import argparse
-import contextlib
-import functools
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from statistics import NormalDist, fmean
+from statistics import fmean
 
-import matplotlib
-import numpy as np
-import psutil
 from tqdm import tqdm
-
-matplotlib.use("Agg")   # Agg needs no screen.
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from curves import COLOURS, draw_groups, read_metrics, series
+from benchmarks.experiments import (
+    Results,
+    await_runs,
+    beside,
+    bootstrap,
+    claim,
+    clock,
+    differences,
+    draw_bars,
+    draw_tokens,
+    end_with_failures,
+    rows_of,
+    run,
+    shown,
+    stoppable_pool,
+)
+from curves import draw_groups, read_metrics, series
 from tiny.make import make_problems, write_jsonl
 
 SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
@@ -70,6 +74,7 @@ PANELS = [("reward_on", "Training reward, on-policy", "share right"),
           ("response_length", "Response length, on-policy", "tokens")]
 MEASURES = {"end": "accuracy at the end", "mean": "mean of all evaluations",
             "longer": "9 or 10 numbers", "longest": "11 or 12 numbers"}
+DRAWN = {name: text for name, text in MEASURES.items() if name != "longest"}   # it is about 0
 
 
 @dataclass
@@ -79,34 +84,6 @@ class Job:
     seed: int
     options: str
     folder: Path
-
-
-def run(command: list[str], log: Path) -> None:
-    """Runs a Python command in the project's folder and appends its output to `log`. Raises
-    RuntimeError with the end of `log` if the command fails."""
-    with log.open("a") as file:
-        code = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}).returncode
-    if code:
-        raise RuntimeError(f"{' '.join(command)} failed. {log} holds all of its output, which ends "
-                           f"with:\n{log.read_text()[-1500:]}")
-
-
-@contextlib.contextmanager
-def clock(file: Path):
-    """Appends to a file the seconds that the `with` block took."""
-    started = time.time()
-    try:
-        yield
-    finally:
-        with file.open("a") as stream:
-            stream.write(f"{time.time() - started:.1f}\n")
-
-
-def rows_of(file: Path, key: str = "rows") -> list[dict]:
-    """Returns the rows that an evaluation wrote to `file`, none if it has not finished."""
-    return json.loads(file.read_text()).get(key, []) if file.is_file() else []
 
 
 def make_setting(folder: Path, share: str, steps: int) -> None:
@@ -126,10 +103,6 @@ def make_setting(folder: Path, share: str, steps: int) -> None:
                  str(folder / "model"), "--data", "tiny",
                  *(str(folder.parent / f"{name}.jsonl") for name in LONGER), "--max-new-tokens",
                  "96", "--output", str(folder / "pilot.jsonl")], folder / "pilot.log")
-
-
-def beside(folder: Path, kind: str) -> Path:
-    return folder.with_name(f"{folder.name}.{kind}")   # with_suffix would cut "λ_=_0.1".
 
 
 def finish(job: Job, steps: int) -> None:
@@ -157,120 +130,16 @@ def measure(folder: Path) -> dict[str, float]:
             **{name: row["accuracy"] for name, row in zip(LONGER, rows)}}
 
 
-@functools.cache
-def expanded_tail(n: int) -> float:
-    """Returns the share of the bootstrap distribution to leave out on either side,
-    Φ(−√(n/(n−1))·t), where t is the 97.5 % point of Student's distribution with n − 1 degrees of
-    freedom (Hesterberg, arXiv 1411.5279). Intervals cut at 2.5 % are much too narrow for as few
-    values as there are seeds."""
-    t = np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
-    return NormalDist().cdf(-(n / (n - 1)) ** 0.5 * t)
-
-
-def bootstrap(values: list[float]) -> tuple[float, float, float]:
-    """Returns the mean over seeds and both ends of its 95 % bootstrap interval by expanded
-    percentiles. The ends are nan for fewer than five values, which have too few different
-    resamples."""
-    array = np.array(values)
-    if len(array) < 5:
-        return array.mean(), np.nan, np.nan
-    means = array[np.random.default_rng(0).integers(len(array), size=(10_000, len(array)))].mean(1)
-    tail = expanded_tail(len(array))
-    return array.mean(), *np.quantile(means, [tail, 1 - tail])
-
-
-def table_of(results: dict[str, dict[int, dict]], paper: bool = False) -> list[str]:
+def table_of(results: Results, paper: bool = False) -> list[str]:
     """Returns the lines of a Markdown table with one row per system."""
     lines = ["| system | " + " | ".join(MEASURES.values()) + " |" + " paper, Qwen3-8B |" * paper,
              "|---" * (1 + len(MEASURES) + paper) + "|"]
     for name, runs in results.items():
-        cells = [bootstrap([values[measure] for values in runs.values()]) for measure in MEASURES]
-        lines.append(f"| {name} | " + " | ".join(
-            f"{100 * m:.1f}" + f" ({100 * a:.1f} to {100 * b:.1f})" * bool(a == a)
-            for m, a, b in cells) + " |" + f" {PAPER.get(name.split(' (')[0], '–')} |" * paper)
+        cells = [shown(*bootstrap([values[measure] for values in runs.values()]))
+                 for measure in MEASURES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |"
+                     + f" {PAPER.get(name.split(' (')[0], '–')} |" * paper)
     return lines
-
-
-def differences(results: dict[str, dict[int, dict]], baseline: str) -> list[str]:
-    """Returns a line per system that says how it differs from the baseline, with runs paired by
-    seed."""
-    lines = []
-    for name, runs in results.items():
-        if runs is not results[baseline] and "the runs of" not in name:
-            parts = []
-            for measure, text in MEASURES.items():
-                seeds = sorted(runs.keys() & results[baseline].keys())
-                mean, low, high = bootstrap([runs[seed][measure] - results[baseline][seed][measure]
-                                             for seed in seeds])
-                word = ("too few seeds" if np.isnan(low) else
-                        "higher" if low > 0 else "lower" if high < 0 else "not told apart")
-                span = "" if np.isnan(low) else f", {100 * low:+.1f} to {100 * high:+.1f}"
-                parts.append(f"{text} {word} ({100 * mean:+.1f} points{span})")
-            lines.append(f"- {name} against {baseline}: " + "; ".join(parts) + ".")
-    return lines
-
-
-def tokens_until(folder: Path) -> dict[int, float]:
-    """Returns step -> tokens sampled in training until its end."""
-    total, found = 0.0, {0: 0.0}
-    for row in read_metrics(folder):
-        total += row["tokens_sampled"]
-        found[row["step"]] = total
-    return found
-
-
-def draw_tokens(runs: dict[str, list[Path]], output: Path) -> list[str]:
-    """Draws held-out accuracy against the tokens sampled in training, means over seeds, and returns
-    a line per system: tokens in all, and until it reaches GRPO's accuracy at the end."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    curves = {}
-    for number, (name, folders) in enumerate(runs.items()):
-        accuracies = [series(read_metrics(folder), "eval_accuracy") for folder in folders]
-        tokens = [tokens_until(folder) for folder in folders]
-        steps = sorted(set.intersection(*map(set, accuracies)))
-        curves[name] = [(fmean(each[step] for each in tokens),
-                         fmean(each[step] for each in accuracies)) for step in steps]
-        axis.plot([1e-3 * x for x, _ in curves[name]], [100 * y for _, y in curves[name]],
-                  color=COLOURS[number % len(COLOURS)], label=name, marker="o", markersize=3)
-    axis.set(xlabel="thousand tokens sampled in training", ylabel="held-out accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
-    goal = curves["GRPO"][-1][1] if "GRPO" in curves else None
-    lines = []
-    for name, curve in curves.items():
-        line = f"- {name}: {1e-3 * curve[-1][0]:,.0f} thousand tokens sampled"
-        reached = next((x for x, y in curve if goal is not None and y >= goal), None)
-        lines.append(line + (f", {1e-3 * reached:,.0f} thousand until the evaluation that first "
-                             f"reaches GRPO's accuracy at the end" if reached is not None else ""))
-    return lines
-
-
-def draw_bars(results: dict[str, dict[int, dict]], title: str, output: Path) -> None:
-    """Draws a bar with its interval and its runs for every system and every measure but the last,
-    which is about 0 everywhere."""
-    drawn = list(MEASURES.items())[:-1]
-    figure, axes = plt.subplots(1, len(drawn), figsize=(12, 0.9 + 0.36 * len(results)),
-                                layout="constrained", sharey=True)
-    for axis, (measure, text) in zip(axes, drawn):
-        for row, runs in enumerate(results.values()):
-            values = [100 * values[measure] for values in runs.values()]
-            mean, low, high = bootstrap(values)
-            axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)
-            axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], capsize=3, color="black",
-                          linewidth=1)
-            axis.plot(values, [row] * len(values), "|", color="black", alpha=0.5, markersize=5)
-            axis.annotate(f"{mean:.1f}", (np.nanmax([high, *values]), row), (5, 0),
-                          textcoords="offset points", va="center", fontsize=9)
-        axis.set(title=text, xlabel="% right", yticks=range(len(results)),
-                 yticklabels=list(results))
-        axis.set_xlim(0, 118)   # This leaves room for the figures beside the bars.
-        axis.grid(alpha=0.3, axis="x")
-    axes[0].invert_yaxis()
-    figure.suptitle(title)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -297,17 +166,11 @@ def main() -> None:
     o.model_steps = o.model_steps or (100 if o.quick else 300)
     folder = "reproduce-quick" if o.quick else "reproduce"
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
-    o.output_dir.mkdir(parents=True, exist_ok=True)
-    about = o.output_dir / "settings.json"
-    settings = {"make": f"{MAKE} --steps {o.model_steps}", "train": f"{TRAIN} --steps {o.steps}"}
-    if not about.is_file():
-        if any(o.output_dir.iterdir()):
-            parser.error(f"{o.output_dir} holds files that this script did not write; give another "
-                         f"--output-dir")
-        about.write_text(json.dumps(settings) + "\n")
-    if json.loads(about.read_text()) != settings:
-        parser.error(f"{o.output_dir} holds runs with {about.read_text().strip()}, not with "
-                     f"{json.dumps(settings)}; give another --output-dir")
+    try:
+        _lock = claim(o.output_dir, {"make": f"{MAKE} --steps {o.model_steps}",
+                                     "train": f"{TRAIN} --steps {o.steps}"})
+    except ValueError as error:
+        parser.error(str(error))
     for name, terms in LONGER.items():
         if not (o.output_dir / f"{name}.jsonl").is_file():
             write_jsonl(o.output_dir / f"{name}.jsonl",
@@ -318,37 +181,20 @@ def main() -> None:
                 o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
             for seed in range(o.seeds) for setting in o.settings
             for name, options in (systems | variants).items()]
-    started, failed = time.time(), []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM stops it as Ctrl-C does.
-    pool = ThreadPoolExecutor(o.processes)
-    try:
-        with tqdm(total=len(o.settings) + len(jobs), unit="run") as bar:
-            made = {setting: pool.submit(make_setting, o.output_dir / setting, SETTINGS[setting],
-                                         o.model_steps)
-                    for setting in o.settings}
-            futures = [pool.submit(lambda job: (made[job.setting].result(), finish(job, o.steps)),
-                                   job) for job in jobs]
-            for each in made.values():
-                each.result()
-                bar.update()
-            for future, job in zip(futures, jobs):
-                bar.set_postfix_str(f"{job.setting}, {job.name}, seed {job.seed}")
-                try:
-                    future.result()
-                except RuntimeError as error:
-                    failed.append(str(error))
-                    tqdm.write(f"\n{error}\n", file=sys.stderr)
-                bar.update()
-    except (KeyboardInterrupt, RuntimeError, OSError) as error:
-        pool.shutdown(wait=False, cancel_futures=True)   # Now no run starts when another one ends.
-        for child in psutil.Process().children():
-            child.terminate()   # train.py finishes its step and writes a checkpoint.
-        pool.shutdown()
-        sys.exit(str(error) or "\nThe script was stopped; the same command resumes it.")
+    started = time.time()
+    with stoppable_pool(o.processes) as pool, tqdm(total=len(o.settings) + len(jobs),
+                                                   unit="run") as bar:
+        made = {setting: pool.submit(make_setting, o.output_dir / setting, SETTINGS[setting],
+                                     o.model_steps)
+                for setting in o.settings}
+        futures = {f"{job.setting}, {job.name}, seed {job.seed}": pool.submit(
+            lambda job: (made[job.setting].result(), finish(job, o.steps)), job) for job in jobs}
+        for each in made.values():
+            each.result()
+            bar.update()
+        failed = await_runs(futures, bar)
     report(o, systems, variants, jobs, time.time() - started)
-    if failed:
-        sys.exit(f"{len(failed)} of {len(jobs)} runs failed with the errors above; the same "
-                 "command tries them again")
+    end_with_failures(failed, len(jobs))
 
 
 def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) -> None:
@@ -382,18 +228,19 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         lines += [*(f"- {each['verdict']}".replace(f"{o.output_dir}/", "") for each in pilot), ""]
         lines += table_of(table, paper=True)
         for baseline in ("GRPO", "ICPO†"):
-            lines += ["", *differences(table, baseline)] if baseline in table else []
+            lines += ["", *differences(table, baseline, MEASURES)] if baseline in table else []
         draw_groups({name: [read_metrics(folder) for folder in done[name].values()]
                      for name in systems if name in done}, PANELS,
                     o.output_dir / f"{setting}-curves.png")
         lines += ["", *draw_tokens({name: list(done[name].values()) for name in systems
                                     if name in done}, o.output_dir / f"{setting}-tokens.png")]
-        draw_bars(table, f"Setting '{setting}'", o.output_dir / f"{setting}-systems.png")
+        draw_bars(table, DRAWN, f"Setting '{setting}'", o.output_dir / f"{setting}-systems.png")
         swept = {name: results[name] for name in ("ICPO†", *variants) if name in results}
         if len(swept) > 1:
             title = f"Choices in '{setting}', with ICPO† where no other is named"
-            lines += ["", f"### {title}", "", *table_of(swept), "", *differences(swept, "ICPO†")]
-            draw_bars(swept, title, o.output_dir / f"{setting}-sweep.png")
+            lines += ["", f"### {title}", "", *table_of(swept), "",
+                      *differences(swept, "ICPO†", MEASURES)]
+            draw_bars(swept, DRAWN, title, o.output_dir / f"{setting}-sweep.png")
     (o.output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nresults and pictures: {o.output_dir}")

@@ -1,6 +1,7 @@
 import argparse
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
-from benchmarks import reproduce
+from benchmarks import experiments, reproduce
 
 
 def runs(*values):
@@ -17,17 +18,17 @@ def runs(*values):
 
 
 def test_intervals_and_words_follow_from_the_runs():
-    assert reproduce.bootstrap([0.25] * 5) == (0.25, 0.25, 0.25)
-    mean, low, high = reproduce.bootstrap([0.0, 0.0, 0.5, 1.0, 1.0])
+    assert experiments.bootstrap([0.25] * 5) == (0.25, 0.25, 0.25)
+    mean, low, high = experiments.bootstrap([0.0, 0.0, 0.5, 1.0, 1.0])
     # 1 % of the draws have mean 0, and the interval omits 0.1 % of the draws at each end.
     assert (mean, low, high) == (0.5, 0.0, 1.0)
-    assert reproduce.bootstrap([0.0, 1.0])[0] == 0.5
-    assert np.isnan(reproduce.bootstrap([0.0, 1.0])[1:]).all()
+    assert experiments.bootstrap([0.0, 1.0])[0] == 0.5
+    assert np.isnan(experiments.bootstrap([0.0, 1.0])[1:]).all()
     results = {"GRPO": runs(0.1, 0.2, 0.3, 0.4, 0.5), "better": runs(0.2, 0.3, 0.4, 0.5, 0.6),
                "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1),
                "few": runs(0.9, 0.9, 0.9, 0.9)}
     words = [line.split("accuracy at the end ")[1].split(" (")[0]
-             for line in reproduce.differences(results, "GRPO")]
+             for line in experiments.differences(results, "GRPO", reproduce.MEASURES)]
     assert words == ["higher", "lower", "not told apart", "too few seeds"]
     assert reproduce.table_of(results)[2].startswith("| GRPO | 30.0 (")
     # A single run has no interval.
@@ -38,7 +39,7 @@ def test_intervals_and_words_follow_from_the_runs():
 def test_intervals_of_five_seeds_hold_the_mean():
     """The interval between the plain 2.5 and 97.5 % points holds the mean in only 84 % of cases."""
     draws = np.random.default_rng(1).standard_normal((500, 5))
-    held = [low <= 0 <= high for _, low, high in map(reproduce.bootstrap, draws)]
+    held = [low <= 0 <= high for _, low, high in map(experiments.bootstrap, draws)]
     assert 0.91 < np.mean(held) < 0.98
 
 
@@ -66,10 +67,10 @@ def test_finished_work_is_skipped_and_stopped_work_resumes(tmp_path, monkeypatch
 
 
 def test_each_seed_has_its_own_clock_if_the_name_has_a_dot(tmp_path):
-    files = {reproduce.beside(tmp_path / f"λ_=_0.1-seed{seed}", "seconds") for seed in range(3)}
+    files = {experiments.beside(tmp_path / f"λ_=_0.1-seed{seed}", "seconds") for seed in range(3)}
     assert len(files) == 3
     for _ in range(2):
-        with pytest.raises(KeyError), reproduce.clock(min(files)):   # a failed run counts, too
+        with pytest.raises(KeyError), experiments.clock(min(files)):   # a failed run counts, too
             raise KeyError
     assert len(min(files).read_text().split()) == 2
 
@@ -93,7 +94,7 @@ def report_of(tmp_path, seeds):
              "tokens_sampled": 2000 if job.name == "GRPO" else 5000}) + "\n")
         (job.folder / "longer.json").write_text(
             json.dumps({"rows": [{"accuracy": 0.1}, {"accuracy": 0.0}]}))
-        reproduce.beside(job.folder, "seconds").write_text("10.0\n")
+        experiments.beside(job.folder, "seconds").write_text("10.0\n")
     options = argparse.Namespace(seeds=seeds, steps=1, settings=["rare"], output_dir=tmp_path)
     reproduce.report(options, reproduce.SYSTEMS, {}, jobs, 12.0)
     return (tmp_path / "results.md").read_text()
@@ -137,4 +138,24 @@ def test_pictures_and_results_name_the_systems_alike():
 
 def test_a_run_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="no-such-option"):
-        reproduce.run(["train.py", "--no-such-option", "1"], tmp_path / "log")
+        experiments.run(["train.py", "--no-such-option", "1"], tmp_path / "log")
+
+
+def test_a_folder_is_locked_until_the_started_processes_have_ended(tmp_path):
+    settings, folder = {"train": "--steps 1"}, tmp_path / "out"
+    lock = experiments.claim(folder, settings)
+    with pytest.raises(ValueError, match="in use"):
+        experiments.claim(folder, settings)
+    code = "import sys; sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, close_fds=False)
+    lock.close()   # as a kill of the script does
+    with pytest.raises(ValueError, match="in use"):
+        experiments.claim(folder, settings)
+    child.communicate()
+    experiments.claim(folder, settings).close()
+    with pytest.raises(ValueError, match="--steps 1.*, not with .*--steps 2"):
+        experiments.claim(folder, {"train": "--steps 2"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="did not write"):
+        experiments.claim(tmp_path / "other", settings)

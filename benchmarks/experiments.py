@@ -1,0 +1,243 @@
+"""What reproduce.py and real.py share: processes, intervals over seeds, tables and pictures.
+
+A system is a method with its settings, and a run trains it once, with one seed. The tables take
+{system: {seed: {measure: value}}}.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import TextIO
+
+import matplotlib
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+matplotlib.use("Agg")   # Agg needs no screen.
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from curves import COLOURS, read_metrics, series
+
+# Variables of the environment for one of several runs at the same time.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def claim(folder: Path, settings: dict) -> TextIO:
+    """Makes the folder of an experiment, or goes on in one with the same settings. Returns an open
+    file that locks it until this script and all processes that it started have ended. Raises
+    ValueError for a folder that is locked, has other settings or holds files of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / "settings.json"
+    if not about.is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that this script did not write; give another "
+                         f"--output-dir")
+    lock = about.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by this script or by a process that it started "
+                         f"before it was killed; wait, or give another --output-dir") from None
+    os.set_inheritable(lock.fileno(), True)   # A process that outlives the script holds the lock.
+    if not about.read_text():
+        about.write_text(json.dumps(settings) + "\n")
+    if json.loads(about.read_text()) != settings:
+        raise ValueError(f"{folder} holds runs with {about.read_text().strip()}, not with "
+                         f"{json.dumps(settings)}; give another --output-dir")
+    return lock
+
+
+def run(command: list[str], log: Path, environment: dict[str, str] = ONE_THREAD) -> None:
+    """Runs a Python command in the project's folder and appends its output to `log`. Raises
+    RuntimeError with the end of `log` if the command fails."""
+    with log.open("a") as file:
+        code = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            close_fds=False,   # The lock of `claim` is the only file that can be inherited.
+            env=os.environ | environment).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} failed. {log} holds all of its output, which ends "
+                           f"with:\n{log.read_text()[-1500:]}")
+
+
+@contextlib.contextmanager
+def clock(file: Path):
+    """Appends to a file the seconds that the `with` block took."""
+    started = time.time()
+    try:
+        yield
+    finally:
+        with file.open("a") as stream:
+            stream.write(f"{time.time() - started:.1f}\n")
+
+
+def rows_of(file: Path, key: str = "rows") -> list[dict]:
+    """Returns the rows that an evaluation wrote to `file`, none if it has not finished."""
+    return json.loads(file.read_text()).get(key, []) if file.is_file() else []
+
+
+def beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f"{folder.name}.{kind}")   # with_suffix would cut "λ_=_0.1".
+
+
+@contextlib.contextmanager
+def stoppable_pool(processes: int) -> Iterator[ThreadPoolExecutor]:
+    """Yields a pool of threads that start processes. Ctrl-C and SIGTERM, or an error in the `with`
+    block, stop these and the script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM stops it as Ctrl-C does.
+    pool = ThreadPoolExecutor(processes)
+    try:
+        yield pool
+    except (KeyboardInterrupt, RuntimeError, OSError) as error:
+        pool.shutdown(wait=False, cancel_futures=True)   # Now no run starts when another one ends.
+        for child in psutil.Process().children():
+            child.terminate()   # train.py finishes its step and writes a checkpoint.
+        pool.shutdown()
+        sys.exit(str(error) or "\nThe script was stopped; the same command resumes it.")
+
+
+def await_runs(futures: dict[str, Future], bar: tqdm) -> list[str]:
+    """Waits for runs by name and returns the errors of those that failed."""
+    failed = []
+    for name, future in futures.items():
+        bar.set_postfix_str(name)
+        try:
+            future.result()
+        except RuntimeError as error:
+            failed.append(str(error))
+            tqdm.write(f"\n{error}\n", file=sys.stderr)
+        bar.update()
+    return failed
+
+
+def end_with_failures(failed: list[str], runs: int) -> None:
+    if failed:
+        sys.exit(f"{len(failed)} of {runs} runs failed with the errors above; the same command "
+                 f"tries them again")
+
+
+@functools.cache
+def expanded_tail(n: int) -> float:
+    """Returns the share of the bootstrap distribution to leave out on either side,
+    Φ(−√(n/(n−1))·t), where t is the 97.5 % point of Student's distribution with n − 1 degrees of
+    freedom (Hesterberg, arXiv 1411.5279). Intervals cut at 2.5 % are much too narrow for as few
+    values as there are seeds."""
+    t = np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
+    return NormalDist().cdf(-(n / (n - 1)) ** 0.5 * t)
+
+
+def bootstrap(values: list[float]) -> tuple[float, float, float]:
+    """Returns the mean over seeds and both ends of its 95 % bootstrap interval by expanded
+    percentiles. The ends are nan for fewer than five values, which have too few different
+    resamples."""
+    array = np.array(values)
+    if len(array) < 5:
+        return array.mean(), np.nan, np.nan
+    means = array[np.random.default_rng(0).integers(len(array), size=(10_000, len(array)))].mean(1)
+    tail = expanded_tail(len(array))
+    return array.mean(), *np.quantile(means, [tail, 1 - tail])
+
+
+Interval = Callable[[list[float]], tuple[float, float, float]]   # mean and both ends, or nan
+Results = dict[str, dict[int, dict[str, float]]]
+
+
+def shown(mean: float, low: float, high: float) -> str:
+    """Returns a share and its interval, if there is one, in per cent."""
+    return f"{100 * mean:.1f}" + f" ({100 * low:.1f} to {100 * high:.1f})" * bool(low == low)
+
+
+def differences(results: Results, baseline: str, measures: dict[str, str],
+                interval: Interval = bootstrap) -> list[str]:
+    """Returns a line per system that says how it differs from the baseline, with runs paired by
+    seed. measures: those to compare, with their names in the text."""
+    lines = []
+    for name, runs in results.items():
+        if runs is not results[baseline] and "the runs of" not in name:
+            parts = []
+            for measure, text in measures.items():
+                seeds = sorted(runs.keys() & results[baseline].keys())
+                mean, low, high = interval([runs[seed][measure] - results[baseline][seed][measure]
+                                            for seed in seeds])
+                word = ("too few seeds" if np.isnan(low) else
+                        "higher" if low > 0 else "lower" if high < 0 else "not told apart")
+                span = "" if np.isnan(low) else f", {100 * low:+.1f} to {100 * high:+.1f}"
+                parts.append(f"{text} {word} ({100 * mean:+.1f} points{span})")
+            lines.append(f"- {name} against {baseline}: " + "; ".join(parts) + ".")
+    return lines
+
+
+def tokens_until(folder: Path) -> dict[int, float]:
+    """Returns step -> tokens sampled in training until its end."""
+    total, found = 0.0, {0: 0.0}
+    for row in read_metrics(folder):
+        total += row["tokens_sampled"]
+        found[row["step"]] = total
+    return found
+
+
+def draw_tokens(runs: dict[str, list[Path]], output: Path, baseline: str = "GRPO") -> list[str]:
+    """Draws held-out accuracy against the tokens sampled in training, means over seeds, and returns
+    a line per system: tokens in all, and until it reaches the accuracy that GRPO, here named
+    `baseline`, has at the end."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    curves = {}
+    for number, (name, folders) in enumerate(runs.items()):
+        accuracies = [series(read_metrics(folder), "eval_accuracy") for folder in folders]
+        tokens = [tokens_until(folder) for folder in folders]
+        steps = sorted(set.intersection(*map(set, accuracies)))
+        curves[name] = [(fmean(each[step] for each in tokens),
+                         fmean(each[step] for each in accuracies)) for step in steps]
+        axis.plot([1e-3 * x for x, _ in curves[name]], [100 * y for _, y in curves[name]],
+                  color=COLOURS[number % len(COLOURS)], label=name, marker="o", markersize=3)
+    axis.set(xlabel="thousand tokens sampled in training", ylabel="held-out accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+    goal = curves[baseline][-1][1] if baseline in curves else None
+    lines = []
+    for name, curve in curves.items():
+        line = f"- {name}: {1e-3 * curve[-1][0]:,.0f} thousand tokens sampled"
+        reached = next((x for x, y in curve if goal is not None and y >= goal), None)
+        lines.append(line + (f", {1e-3 * reached:,.0f} thousand until the evaluation that first "
+                             f"reaches GRPO's accuracy at the end" if reached is not None else ""))
+    return lines
+
+
+def draw_bars(results: Results, measures: dict[str, str], title: str, output: Path,
+              interval: Interval = bootstrap) -> None:
+    """Draws a bar with its interval and its runs for every system and every measure, of which there
+    are several."""
+    figure, axes = plt.subplots(1, len(measures), figsize=(12, 0.9 + 0.36 * len(results)),
+                                layout="constrained", sharey=True)
+    for axis, (measure, text) in zip(axes, measures.items()):
+        for row, runs in enumerate(results.values()):
+            values = [100 * values[measure] for values in runs.values()]
+            mean, low, high = interval(values)
+            axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)
+            axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], capsize=3, color="black",
+                          linewidth=1)
+            axis.plot(values, [row] * len(values), "|", color="black", alpha=0.5, markersize=5)
+            axis.annotate(f"{mean:.1f}", (np.nanmax([high, *values]), row), (5, 0),
+                          textcoords="offset points", va="center", fontsize=9)
+        axis.set(title=text, xlabel="% right", yticks=range(len(results)),
+                 yticklabels=list(results))
+        axis.set_xlim(0, 118)   # This leaves room for the figures beside the bars.
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)

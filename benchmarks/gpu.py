@@ -98,7 +98,7 @@ def gpu_tests(options: Options, folder: Path) -> list[Figure]:
 def rollouts_beside_generate(options: Options, folder: Path) -> list[Figure]:
     of = rollouts.Options(model="qwen3-1.7b-shape", dtype="bfloat16", slots=options.slots,
                           max_new_tokens=options.max_new_tokens)
-    bandwidth, rate = measure_machine(DEVICE, torch.bfloat16)
+    bandwidth, rate, _ = measure_machine(DEVICE, torch.bfloat16)
     model, tokenizer, hf = rollouts.load(of, DEVICE, torch.bfloat16)
     figures = [Figure("rollouts", "bandwidth", bandwidth / 1e9, "GB/s"),
                Figure("rollouts", "matmul rate", rate / 1e12, "TFLOP/s")]
@@ -161,7 +161,7 @@ def make_batch(run: trainer.Run, options: Options) -> trainer.Batch:
 
 
 def update_of_long_sequences(options: Options, folder: Path) -> list[Figure]:
-    _, rate = measure_machine(DEVICE, torch.bfloat16)
+    _, rate, _ = measure_machine(DEVICE, torch.bfloat16)
     run = make_run(options, folder)
     batch = make_batch(run, options)
     trainer.update(run, batch)   # it allocates the moments

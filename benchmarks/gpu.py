@@ -219,7 +219,8 @@ def gaps_of_both_types(options: Options, folder: Path) -> list[Figure]:
         prompts = torch.randint(model.config.vocab_size, (4, 64), generator=draw).tolist()
         case = Case("", prompts, 8, min(64, options.max_new_tokens), 32)
         sampler = Sampler(model.config, case.slots, 64 + case.max_new_tokens, DEVICE, dtype)
-        mean, largest = rollouts.logprob_gap(model, case, sampler, 0)
+        completions = rollouts.ours(model, case, sampler, 0)
+        mean, largest = rollouts.logprob_gap(model, case, completions)
         figures += [Figure("types", f"{name}: log-probability gap, mean", mean),
                     Figure("types", f"{name}: log-probability gap, maximum", largest, "",
                            "<= 0.01" if name == "float32" else "")]

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from hf_folders import find_folder
 from memory import bytes_per_slot
 from model_utils import ModelConfig, Transformer, load_model, token_logprobs
 from options import TINY, DType, OptionParser, option
-from rollout import Sampler, Work, generate
+from rollout import Completion, Sampler, Work, generate
 
 # The targets of --check: (figure, at least or at most, bound).
 TARGETS = {
@@ -187,16 +187,16 @@ class PeakMemory:
 
 
 # --------------------------------------------------------------------------------------------------
-# The samplers in this process; each returns the responses
+# The samplers
 
-def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[list[int]]:
-    completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
-                           stop_ids=case.stop_ids, seed=seed, sampler=sampler)
-    return [c.tokens for c in completions]
+def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[Completion]:
+    return generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
+                    stop_ids=case.stop_ids, seed=seed, sampler=sampler)
 
 
 @torch.no_grad()
 def theirs(hf, case: Case, at_a_time: int) -> list[list[int]]:
+    """Returns the responses of transformers."""
     responses = []
     for first in range(0, len(case.prompts), at_a_time):
         prompts = case.prompts[first:first + at_a_time]
@@ -233,14 +233,14 @@ class Engine:
 
     def ask(self, question: dict) -> dict:
         assert self.process.stdin and self.process.stdout
-        try:
+        with suppress(BrokenPipeError):   # The messages say why it ended.
             print(json.dumps(question), file=self.process.stdin, flush=True)
-        except BrokenPipeError:   # The messages say why it ended.
-            pass
         if line := self.process.stdout.readline():
             return json.loads(line)
         self.messages.seek(0)
-        raise ValueError(f"{self.name} failed: {self.messages.read()[-3000:].strip()}")
+        messages = self.messages.read()[-3000:].strip()
+        self.close()
+        raise ValueError(f"{self.name} failed: {messages}")
 
     def sample(self, case: Case, seed: int) -> tuple[int, float]:
         """Returns (tokens, seconds). Raises ValueError if responses or tokens are missing."""
@@ -256,7 +256,8 @@ class Engine:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()   # It ends at the end of its input.
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()   # It ends at the end of its input.
         self.process.wait()
         self.messages.close()
 
@@ -363,13 +364,19 @@ def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: flo
     rates = {engine.name: [] for engine in engines}
     lengths = {engine.name: [] for engine in engines}
     short = replace(case, prompts=case.prompts[:1], max_new_tokens=2)
+    completions = []   # of the last rollout here
+
+    def sample_here(seed: int) -> list[list[int]]:
+        completions[:] = ours(model, case, sampler, seed)
+        return [completion.tokens for completion in completions]
+
     if hf:
         theirs(hf, short, 1)
     for engine in engines:
         engine.sample(short, options.seed)
     if options.compile or device.type == "cuda":   # The first run compiles or captures graphs.
         warm = Runs()
-        warm.add(lambda: ours(model, case, sampler, options.seed), device)
+        warm.add(partial(sample_here, options.seed), device)
         here.memory = warm.memory
     else:
         ours(model, short, sampler, options.seed)
@@ -379,7 +386,7 @@ def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: flo
     for repeat in range(options.repeats or rounds):
         torch.manual_seed(options.seed + repeat)
         bar.set_description(f"{case.name}: here")
-        here.add(partial(ours, model, case, sampler, options.seed + repeat), device)
+        here.add(partial(sample_here, options.seed + repeat), device)
         for at_a_time, runs in there.items():
             bar.set_description(
                 f"{case.name}: transformers, {at_a_time * case.n} sequences at a time")
@@ -390,7 +397,7 @@ def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: flo
             rates[engine.name].append(tokens / seconds)
             lengths[engine.name].append(tokens / len(case.prompts) / case.n)
         bar.update()
-    work, gap = replace(sampler.work), logprob_gap(model, case, sampler, options.seed)
+    work, gap = sampler.work, logprob_gap(model, case, completions)
     steps = work.slot_steps // case.slots
     limit = limit_seconds(model.config, case, here.lengths, steps, here.count, dtype, bandwidth,
                           rate)
@@ -447,11 +454,10 @@ class Runs:
 
 
 @torch.no_grad()
-def logprob_gap(model: Transformer, case: Case, sampler: Sampler, seed: int) -> tuple[float, float]:
+def logprob_gap(model: Transformer, case: Case,
+                completions: list[Completion]) -> tuple[float, float]:
     """Returns (mean, maximum) over tokens of the difference between the sampler's log-probabilities
     and those that training computes."""
-    completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
-                           stop_ids=case.stop_ids, seed=seed, sampler=sampler)
     gaps = []
     for i, completion in enumerate(completions):
         prompt = case.prompts[i // case.n]

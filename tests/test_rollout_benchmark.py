@@ -93,6 +93,12 @@ def test_an_engine_that_returns_too_few_tokens_is_an_error(tmp_path, monkeypatch
                        "instead of 8 of 2 tokens each")
 
 
+def test_an_engine_that_ends_early_is_an_error_with_its_messages(tmp_path, monkeypatch, capsys):
+    message, *_ = run(tmp_path, monkeypatch, capsys, "--peers", "vllm", missing="1 / 0")
+    assert message.startswith("benchmarks/rollout.py: error: vllm failed: vllm: no such device\n")
+    assert message.endswith("ZeroDivisionError: division by zero")
+
+
 def test_engines_need_a_cpu_and_a_folder(tmp_path, monkeypatch, capsys):
     message, *_ = run(tmp_path, monkeypatch, capsys, "--peers", "vllm", "--model",
                       "qwen3-1.7b-shape")

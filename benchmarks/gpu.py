@@ -98,7 +98,7 @@ def gpu_tests(options: Options, folder: Path) -> list[Figure]:
 def rollouts_beside_generate(options: Options, folder: Path) -> list[Figure]:
     of = rollouts.Options(model="qwen3-1.7b-shape", dtype="bfloat16", slots=options.slots,
                           max_new_tokens=options.max_new_tokens)
-    bandwidth, rate = measure_machine(DEVICE, torch.bfloat16)
+    bandwidth, rate, _ = measure_machine(DEVICE, torch.bfloat16)
     model, tokenizer, hf = rollouts.load(of, DEVICE, torch.bfloat16)
     figures = [Figure("rollouts", "bandwidth", bandwidth / 1e9, "GB/s"),
                Figure("rollouts", "matmul rate", rate / 1e12, "TFLOP/s")]
@@ -161,7 +161,7 @@ def make_batch(run: trainer.Run, options: Options) -> trainer.Batch:
 
 
 def update_of_long_sequences(options: Options, folder: Path) -> list[Figure]:
-    _, rate = measure_machine(DEVICE, torch.bfloat16)
+    _, rate, _ = measure_machine(DEVICE, torch.bfloat16)
     run = make_run(options, folder)
     batch = make_batch(run, options)
     trainer.update(run, batch)   # it allocates the moments
@@ -219,7 +219,8 @@ def gaps_of_both_types(options: Options, folder: Path) -> list[Figure]:
         prompts = torch.randint(model.config.vocab_size, (4, 64), generator=draw).tolist()
         case = Case("", prompts, 8, min(64, options.max_new_tokens), 32)
         sampler = Sampler(model.config, case.slots, 64 + case.max_new_tokens, DEVICE, dtype)
-        mean, largest = rollouts.logprob_gap(model, case, sampler, 0)
+        completions = rollouts.ours(model, case, sampler, 0)
+        mean, largest = rollouts.logprob_gap(model, case, completions)
         figures += [Figure("types", f"{name}: log-probability gap, mean", mean),
                     Figure("types", f"{name}: log-probability gap, maximum", largest, "",
                            "<= 0.01" if name == "float32" else "")]

@@ -1,37 +1,48 @@
-"""Times rollouts here and in transformers' generate with the same weights, in turn in one process.
+"""Times rollouts here and in other engines with the same weights and prompts, in turn.
 
     python benchmarks/rollout.py                                   # the embedded default
     python benchmarks/rollout.py --model path/to/a/model --check   # Hugging Face folder or hub name
+    python benchmarks/rollout.py --model path/to/a/model --peers transformers openvino \\
+        --openvino-python ENV/bin/python
     python benchmarks/rollout.py --model qwen3-1.7b-shape --dtype bfloat16 --slots 64 256
                                                                    # random weights, on a GPU
 
-Prints a table and then a line with every figure as name=value. Each rollout is compared with a
-limit, the longer of two times: reading the weights once per decode step and the cache of every
-sequence at the bandwidth measured here, or making all multiplications at the rate of a large matrix
-product measured here.
+The generate of transformers runs in this process. OpenVINO GenAI and vLLM run in a process and an
+environment of their own and compute log-probabilities too. Prints a table and then a line with
+every figure as name=value. Each rollout is compared with a limit, the longer of two times: reading
+the weights once per decode step and the cache of every sequence at the bandwidth measured here, or
+making all multiplications at the rate of a large matrix product by the fastest kernel here.
 """
 
 import ctypes
 import gc
+import json
+import math
 import random
+import subprocess
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import PromptBuilder, load_problems
 from hf_folders import find_folder
+from memory import bytes_per_slot
 from model_utils import ModelConfig, Transformer, load_model, token_logprobs
 from options import TINY, DType, OptionParser, option
-from rollout import Sampler, Work, generate
+from rollout import Completion, Sampler, Work, generate
 
 # The targets of --check: (figure, at least or at most, bound).
 TARGETS = {
@@ -57,7 +68,14 @@ class Options:
     max_new_tokens: int = option(128, "longest response in tokens; unused with tiny")
     slots: list[int] = option([32], "numbers of cache slots, 8 slots per prompt; each number has "
                               "its own cases; unused with tiny")
-    repeats: int = option(0, "timed rollouts of each case; 0 is 20 for tiny, else 1")
+    repeats: int = option(0, "timed rollouts of each case, of which medians count; 0 is 20 for "
+                          "tiny, else 3 with openvino or vllm among the peers, else 1")
+    peers: list[Literal["transformers", "openvino", "vllm"]] = option(
+        ["transformers"], "engines to compare with; openvino and vllm only on a CPU")
+    openvino_python: str = option("", "python of an environment with "
+                                  "benchmarks/requirements-openvino.txt, for --peers openvino")
+    vllm_python: str = option("", "python of an environment with "
+                              "benchmarks/requirements-vllm.txt, for --peers vllm")
     compile: bool = option(False, "compile the decode step with torch.compile; this is not timed")
     check: bool = option(False, "exit with status 1 if a target is missed")
     dtype: DType = option("float32", "type of weights and computation")
@@ -95,13 +113,19 @@ def synchronise(device) -> None:
         torch.cuda.synchronize()
 
 
-def measure_machine(device, dtype) -> tuple[float, float]:
-    """Returns (bytes read from memory, operations) per second. A multiply-add counts twice."""
+def measure_machine(device, dtype) -> tuple[float, float, str]:
+    """Returns (bytes read from memory per second, operations per second, the kernel that makes
+    them), of the fastest kernel for this type. A multiply-add counts twice."""
     block = torch.ones((4 if device.type == "cuda" else 1) * 2 ** 28, device=device)
     bandwidth = block.nbytes / best_time(block.sum, device)
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return bandwidth, 2 * size ** 3 / best_time(lambda: a @ b, device)
+    kernels = {"F.linear": lambda: F.linear(a, b)}
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        kernels["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    times = {name: best_time(kernel, device) for name, kernel in kernels.items()}
+    fastest = min(times, key=lambda name: times[name])
+    return bandwidth, 2 * size ** 3 / times[fastest], fastest
 
 
 def block_weights(c: ModelConfig) -> int:
@@ -163,16 +187,16 @@ class PeakMemory:
 
 
 # --------------------------------------------------------------------------------------------------
-# The two samplers; each returns the responses
+# The samplers
 
-def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[list[int]]:
-    completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
-                           stop_ids=case.stop_ids, seed=seed, sampler=sampler)
-    return [c.tokens for c in completions]
+def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[Completion]:
+    return generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
+                    stop_ids=case.stop_ids, seed=seed, sampler=sampler)
 
 
 @torch.no_grad()
 def theirs(hf, case: Case, at_a_time: int) -> list[list[int]]:
+    """Returns the responses of transformers."""
     responses = []
     for first in range(0, len(case.prompts), at_a_time):
         prompts = case.prompts[first:first + at_a_time]
@@ -188,6 +212,79 @@ def theirs(hf, case: Case, at_a_time: int) -> list[list[int]]:
             end = next((i + 1 for i, token in enumerate(row) if token in case.stop_ids), len(row))
             responses.append(row[:end])
     return responses
+
+
+class Engine:
+    """A peer in a process and an environment of its own, which runs benchmarks/peer_NAME.py.
+
+    Raises ValueError where it does not start, and with the end of its messages where it fails.
+    """
+
+    def __init__(self, name: str, python: str, setup: dict):
+        self.name, self.messages = name, tempfile.TemporaryFile("w+")
+        script = Path(__file__).with_name(f"peer_{name}.py")
+        try:
+            self.process = subprocess.Popen(
+                [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self.messages, text=True)
+        except OSError as error:
+            raise ValueError(f"{python} does not start: {error.strerror}") from None
+        self.version = self.ask(setup)["version"]
+
+    def ask(self, question: dict) -> dict:
+        assert self.process.stdin and self.process.stdout
+        with suppress(BrokenPipeError):   # The messages say why it ended.
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.messages.seek(0)
+        messages = self.messages.read()[-3000:].strip()
+        self.close()
+        raise ValueError(f"{self.name} failed: {messages}")
+
+    def sample(self, case: Case, seed: int) -> tuple[int, float]:
+        """Returns (tokens, seconds). Raises ValueError if responses or tokens are missing."""
+        found = self.ask({"prompts": case.prompts, "n": case.n, "stop_ids": case.stop_ids,
+                          "max_new_tokens": case.max_new_tokens, "seed": seed})
+        responses = len(case.prompts) * case.n
+        if found["responses"] != responses or not case.stop_ids and (
+                found["tokens"] != responses * case.max_new_tokens):
+            raise ValueError(f"{self.name} returned {found['responses']} responses with "
+                             f"{found['tokens']} tokens instead of {responses} of "
+                             f"{case.max_new_tokens} tokens each")
+        return found["tokens"], found["seconds"]
+
+    def close(self) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()   # It ends at the end of its input.
+        self.process.wait()
+        self.messages.close()
+
+
+def start_engines(options: Options, config: ModelConfig, cases: list[Case]) -> list[Engine]:
+    """Starts the peers that have an environment, and says which one is skipped and why."""
+    engines = []
+    length = max(max(map(len, case.prompts)) + case.max_new_tokens for case in cases)
+    slots = max(case.slots for case in cases)
+    # An eighth more than needed is for blocks of the cache that are partly filled.
+    cache = slots * bytes_per_slot(config, length, getattr(torch, options.dtype)) * 9 / 8
+    setup = {"model": str(model_folder(options)), "dtype": options.dtype, "slots": slots,
+             "length": length, "cache_gb": math.ceil(cache / 1e9)}
+    for name in ("openvino", "vllm"):
+        if name not in options.peers:
+            continue
+        python = vars(options)[f"{name}_python"]
+        if not python:
+            print(f"{name} is skipped because it has no environment. To make one: python -m venv "
+                  f"ENV && ENV/bin/pip install -r benchmarks/requirements-{name}.txt; then give "
+                  f"--{name}-python ENV/bin/python")
+            continue
+        try:
+            engines.append(Engine(name, python, setup))
+        except ValueError as error:
+            print(f"{name} is skipped because it does not start: {str(error).splitlines()[-1]}")
+    return engines
 
 
 @torch.no_grad()
@@ -210,6 +307,10 @@ def find_stop_ids(model: Transformer, case: Case, mean: float, seed: int) -> tup
 
 # --------------------------------------------------------------------------------------------------
 
+def model_folder(options: Options) -> Path:
+    return TINY / "model" if options.model == "tiny" else find_folder(options.model)
+
+
 def load(options: Options, device, dtype):
     """Returns (the model here, its tokenizer or None, the model of transformers)."""
     if options.model == "qwen3-1.7b-shape":
@@ -220,7 +321,7 @@ def load(options: Options, device, dtype):
         model.load_state_dict(hf.state_dict(), strict=False)   # lm_head is tied to the embeddings.
         tokenizer = None
     else:
-        folder = TINY / "model" if options.model == "tiny" else find_folder(options.model)
+        folder = model_folder(options)
         model, tokenizer = load_model(folder, device, dtype)
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     hf.generation_config.eos_token_id = None   # Responses end only at the stop ids of the case.
@@ -245,62 +346,92 @@ def make_cases(options: Options, model, tokenizer, device) -> list[Case]:
                        batches=(together, 4 * together))
         varying.stop_ids = find_stop_ids(model, varying, options.max_new_tokens / 4, options.seed)
         cases.append(varying)
+    if device.type == "cpu":
+        slots = options.slots[0]
+        long = [[draw.randrange(model.config.vocab_size) for _ in range(8 * options.prompt_length)]
+                for _ in range(slots)]
+        cases.append(Case("long", long, 1, 2 * options.max_new_tokens, slots, batches=(slots,)))
     return cases
 
 
 def measure(options: Options, model: Transformer, hf, case: Case, bandwidth: float, rate: float,
-            bar) -> dict[str, float]:
+            bar, engines: Sequence[Engine] = ()) -> dict[str, float]:
+    """Returns the figures of a case. hf: the model of transformers, or None to leave it out."""
     device, dtype = model.device, model.dtype
     length = max(map(len, case.prompts)) + case.max_new_tokens
     sampler = Sampler(model.config, case.slots, length, device, dtype, compile=options.compile)
-    here, there = Runs(), {at_a_time: Runs() for at_a_time in case.batches}
+    here, there = Runs(), {at_a_time: Runs() for at_a_time in case.batches if hf}
+    rates = {engine.name: [] for engine in engines}
+    lengths = {engine.name: [] for engine in engines}
     short = replace(case, prompts=case.prompts[:1], max_new_tokens=2)
-    theirs(hf, short, 1)
+    completions = []   # of the last rollout here
+
+    def sample_here(seed: int) -> list[list[int]]:
+        completions[:] = ours(model, case, sampler, seed)
+        return [completion.tokens for completion in completions]
+
+    if hf:
+        theirs(hf, short, 1)
+    for engine in engines:
+        engine.sample(short, options.seed)
     if options.compile or device.type == "cuda":   # The first run compiles or captures graphs.
         warm = Runs()
-        warm.add(lambda: ours(model, case, sampler, options.seed), device)
+        warm.add(partial(sample_here, options.seed), device)
         here.memory = warm.memory
     else:
         ours(model, short, sampler, options.seed)
         sampler.release()   # The measured peak must include the cache.
     sampler.work = Work()
-    for repeat in range(options.repeats or (20 if case.name == "embedded" else 1)):
+    rounds = 20 if case.name == "embedded" else 3 if engines else 1
+    for repeat in range(options.repeats or rounds):
         torch.manual_seed(options.seed + repeat)
         bar.set_description(f"{case.name}: here")
-        here.add(partial(ours, model, case, sampler, options.seed + repeat), device)
+        here.add(partial(sample_here, options.seed + repeat), device)
         for at_a_time, runs in there.items():
             bar.set_description(
                 f"{case.name}: transformers, {at_a_time * case.n} sequences at a time")
             runs.add(partial(theirs, hf, case, at_a_time), device)
+        for engine in engines:
+            bar.set_description(f"{case.name}: {engine.name}")
+            tokens, seconds = engine.sample(case, options.seed + repeat)
+            rates[engine.name].append(tokens / seconds)
+            lengths[engine.name].append(tokens / len(case.prompts) / case.n)
         bar.update()
-    there = max(there.values(), key=lambda runs: runs.tokens_per_second)
-    work, gap = replace(sampler.work), logprob_gap(model, case, sampler, options.seed)
+    work, gap = sampler.work, logprob_gap(model, case, completions)
     steps = work.slot_steps // case.slots
     limit = limit_seconds(model.config, case, here.lengths, steps, here.count, dtype, bandwidth,
                           rate)
     figures = {"tokens_per_second": here.tokens_per_second,
-               "transformers_tokens_per_second": there.tokens_per_second,
-               "ratio": here.tokens_per_second / there.tokens_per_second,
-               "seconds": here.seconds / here.count,
-               "transformers_seconds": there.seconds / there.count,
-               "share": limit / here.seconds,
-               "memory_gb": here.memory / 1e9, "transformers_memory_gb": there.memory / 1e9,
-               "memory_ratio": here.memory / there.memory,
-               "mean_length": fmean(here.lengths), "transformers_mean_length": fmean(there.lengths),
+               "seconds": here.seconds / here.count, "share": limit / here.seconds,
+               "memory_gb": here.memory / 1e9, "mean_length": fmean(here.lengths),
                "prefill_seconds": work.prefill_seconds / here.count,
                "decode_seconds": work.decode_seconds / here.count,
                "decode_steps": steps / here.count,
                "slot_occupancy": work.sequence_steps / work.slot_steps,
                "wasted_positions": work.wasted_positions / work.positions,
                "logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
+    if there:
+        best = max(there.values(), key=lambda runs: runs.tokens_per_second)
+        figures |= {"transformers_tokens_per_second": best.tokens_per_second,
+                    "ratio": here.tokens_per_second / best.tokens_per_second,
+                    "transformers_seconds": best.seconds / best.count,
+                    "transformers_memory_gb": best.memory / 1e9,
+                    "memory_ratio": here.memory / best.memory,
+                    "transformers_mean_length": fmean(best.lengths)}
+    for name in rates:
+        rate = median(rates[name])
+        figures |= {f"{name}_tokens_per_second": rate,
+                    f"{name}_ratio": here.tokens_per_second / rate,
+                    f"{name}_mean_length": fmean(lengths[name])}
     return {f"{case.name}_{name}": value for name, value in figures.items()}
 
 
 class Runs:
-    """The sums over rollouts of one case by one sampler."""
+    """The rollouts of one case by one sampler in this process."""
 
     def __init__(self):
         self.count, self.seconds, self.lengths, self.memory = 0, 0.0, [], 0
+        self.rates = []   # tokens per second of each rollout
 
     def add(self, function, device) -> None:
         synchronise(device)
@@ -310,22 +441,23 @@ class Runs:
             started = time.perf_counter()
             responses = function()
             synchronise(device)
-            self.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.rates.append(sum(map(len, responses)) / seconds)
         self.count += 1
         self.lengths += map(len, responses)
         self.memory = max(self.memory, memory.bytes)   # It is 0 for all but the first.
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(self.lengths) / self.seconds
+        return median(self.rates)
 
 
 @torch.no_grad()
-def logprob_gap(model: Transformer, case: Case, sampler: Sampler, seed: int) -> tuple[float, float]:
+def logprob_gap(model: Transformer, case: Case,
+                completions: list[Completion]) -> tuple[float, float]:
     """Returns (mean, maximum) over tokens of the difference between the sampler's log-probabilities
     and those that training computes."""
-    completions = generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
-                           stop_ids=case.stop_ids, seed=seed, sampler=sampler)
     gaps = []
     for i, completion in enumerate(completions):
         prompt = case.prompts[i // case.n]
@@ -344,29 +476,46 @@ def main() -> None:
     if any(slots < 8 or slots % 8 for slots in options.slots):
         sys.exit(f"benchmarks/rollout.py: error: --slots must be multiples of 8 because each "
                  f"prompt has 8 responses; they are {options.slots}")
-    bandwidth, rate = measure_machine(device, dtype)
+    if (gpu or options.model == "qwen3-1.7b-shape") and options.peers != ["transformers"]:
+        sys.exit("benchmarks/rollout.py: error: --peers openvino and vllm run on a CPU and read a "
+                 "folder in Hugging Face format: give --device cpu and another --model")
+    bandwidth, rate, kernel = measure_machine(device, dtype)
+    engines = []
     try:
         model, tokenizer, hf = load(options, device, dtype)
+        if "transformers" not in options.peers:
+            hf = None
         cases = make_cases(options, model, tokenizer, device)
+        engines = start_engines(options, model.config, cases)
+        figures = {"bandwidth_gb_per_second": bandwidth / 1e9,
+                   "matmul_gflop_per_second": rate / 1e9}
+        with tqdm(unit="rollout", leave=False) as bar:
+            for case in cases:
+                figures |= measure(options, model, hf, case, bandwidth, rate, bar, engines)
     except ValueError as error:
         sys.exit(f"benchmarks/rollout.py: error: {error}")
-    figures = {"bandwidth_gb_per_second": bandwidth / 1e9, "matmul_gflop_per_second": rate / 1e9}
-    with tqdm(unit="rollout", leave=False) as bar:
-        for case in cases:
-            figures |= measure(options, model, hf, case, bandwidth, rate, bar)
+    finally:
+        for engine in engines:
+            engine.close()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{options.model}, {options.dtype}, {machine}{threads}, torch {torch.__version__}: "
-          f"{bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s")
-    print(f"{'':<12}{'tokens/s':>10}{'generate':>10}{'ratio':>8}{'of limit':>10}{'peak MB':>9}"
-          f"{'generate':>10}{'tokens':>8}")
+    versions = "".join(f", {engine.name} {engine.version}" for engine in engines)
+    print(f"{options.model}, {options.dtype}, {machine}{threads}, torch {torch.__version__}"
+          f"{versions}: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s by {kernel}")
+    peers = [("generate", "transformers_tokens_per_second", "ratio")] * (hf is not None) + [
+        (engine.name, f"{engine.name}_tokens_per_second", f"{engine.name}_ratio")
+        for engine in engines]
+    print(f"{'':<12}{'tokens/s':>10}" + "".join(f"{name:>10}{'ratio':>7}" for name, *_ in peers)
+          + f"{'of limit':>10}{'peak MB':>9}" + f"{'generate':>10}" * (hf is not None)
+          + f"{'tokens':>8}")
     for case in cases:
         f = {name.removeprefix(case.name + "_"): value for name, value in figures.items()
              if name.startswith(case.name + "_")}
         print(f"{case.name:<12}{f['tokens_per_second']:>10,.0f}"
-              f"{f['transformers_tokens_per_second']:>10,.0f}{f['ratio']:>8.2f}{f['share']:>10.0%}"
-              f"{1e3 * f['memory_gb']:>9,.0f}{1e3 * f['transformers_memory_gb']:>10,.0f}"
-              f"{f['mean_length']:>8.1f}")
+              + "".join(f"{f[speed]:>10,.0f}{f[ratio]:>7.2f}" for _, speed, ratio in peers)
+              + f"{f['share']:>10.0%}{1e3 * f['memory_gb']:>9,.0f}"
+              + (f"{1e3 * f['transformers_memory_gb']:>10,.0f}" if hf else "")
+              + f"{f['mean_length']:>8.1f}")
     report(figures, TARGETS["tiny" if options.model == "tiny" else device.type], options.check)
 
 

@@ -229,7 +229,7 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
     stop_ids = find_stop_ids(model.requires_grad_(False), sampled, options.max_new_tokens / 4,
                              options.seed)
     del model
-    _, rate = measure_machine(torch.device(device), getattr(torch, options.dtype))
+    _, rate, _ = measure_machine(torch.device(device), getattr(torch, options.dtype))
     figures = {"matmul_gflop_per_second": rate / 1e9}
     for case, stops in (("equal", ()), ("varying", stop_ids)):
         found = {}

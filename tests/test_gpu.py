@@ -368,7 +368,7 @@ def test_the_benchmark_runs_from_end_to_end_and_a_part_that_fails_ends_no_other(
     small = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     monkeypatch.setattr(rollouts, "QWEN3_1_7B", rollouts.QWEN3_1_7B | small)
-    monkeypatch.setattr(benchmark, "measure_machine", lambda *arguments: (1e12, 1e15))
+    monkeypatch.setattr(benchmark, "measure_machine", lambda *arguments: (1e12, 1e15, ""))
     monkeypatch.setitem(benchmark.PARTS, "tests", lambda *arguments: 1 / 0)
     monkeypatch.setattr(trainer.report, "draw", lambda runs, output: output.touch())
     with pretend():

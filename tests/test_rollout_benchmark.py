@@ -1,0 +1,116 @@
+"""Runs benchmarks/rollout.py with the embedded model and a stand-in for an engine of its own
+environment."""
+
+import re
+import sys
+
+import pytest
+
+from benchmarks import rollout as benchmark
+from options import TINY
+
+# It answers every case with as many tokens as are wanted, or with fewer, at a rate of its own.
+STAND_IN = '''#!{python}
+import json, pathlib, sys
+assert pathlib.Path(sys.argv[1]).is_file() and pathlib.Path(sys.argv[1]).name == "peer_vllm.py"
+print("vllm: no such device", file=sys.stderr)
+setup = json.loads(input())
+assert setup["dtype"] == "float32" and setup["slots"] == 8 and setup["cache_gb"] == 1
+with open({log!r}, "w") as log:
+    print(json.dumps(setup), file=log)
+    print(json.dumps(dict(version="1.2")), flush=True)
+    for line in sys.stdin:
+        print(line.strip(), file=log)
+        case = json.loads(line)
+        responses = len(case["prompts"]) * case["n"]
+        tokens = responses * case["max_new_tokens"] - {missing}
+        seconds = tokens / (300, 100, 20)[case["seed"]]
+        print(json.dumps(dict(tokens=tokens, responses=responses, seconds=seconds)), flush=True)
+'''
+
+
+def run(tmp_path, monkeypatch, capsys, *arguments, missing=0):
+    """Returns (what the benchmark printed, its figures, the cases that the stand-in was sent)."""
+    engine, log = tmp_path / "python", tmp_path / "log"
+    engine.write_text(STAND_IN.format(python=sys.executable, log=str(log), missing=missing))
+    engine.chmod(0o755)
+    monkeypatch.setattr(benchmark, "measure_machine", lambda *arguments: (1e10, 1e11, "a kernel"))
+    monkeypatch.setattr(sys, "argv", [
+        "rollout.py", "--model", str(TINY / "model"), "--prompt-length", "3", "--max-new-tokens",
+        "4", "--slots", "8", "--device", "cpu", "--vllm-python", str(engine), *arguments])
+    with pytest.raises(SystemExit) as end:
+        benchmark.main()
+    if isinstance(end.value.code, str):
+        return end.value.code, {}, []
+    printed = capsys.readouterr().out
+    figures = {name: float(value)
+               for name, value in re.findall(r"(\w+)=(\S+)", printed.splitlines()[-1])}
+    return printed, figures, list(map(benchmark.json.loads, log.read_text().splitlines()))
+
+
+def test_an_engine_in_a_process_of_its_own_is_compared_in_three_rounds(
+        tmp_path, monkeypatch, capsys):
+    printed, figures, (setup, *asked) = run(
+        tmp_path, monkeypatch, capsys, "--peers", "transformers", "openvino", "vllm")
+    assert ("openvino is skipped because it has no environment. To make one: python -m venv ENV && "
+            "ENV/bin/pip install -r benchmarks/requirements-openvino.txt; then give "
+            "--openvino-python ENV/bin/python") in printed
+    assert "vllm 1.2: 10.0 GB/s, 100 GFLOP/s by a kernel" in printed
+    assert setup["model"] == str(TINY / "model") and setup["length"] == 8 * 3 + 2 * 4
+    timed = [case for case in asked if case["max_new_tokens"] != 2]   # the others are the warm-up
+    assert len(asked) == len(timed) + 3
+    assert [case["seed"] for case in timed] == [0, 1, 2] * 3
+    shapes = [(len(case["prompts"]), case["n"], case["max_new_tokens"], len(case["prompts"][0]),
+               bool(case["stop_ids"])) for case in timed[::3]]
+    assert shapes == [(1, 8, 4, 3, False), (4, 8, 4, 3, True), (8, 1, 8, 24, False)]
+    for case in ("equal", "varying", "long"):
+        ours = figures[f"{case}_tokens_per_second"]
+        theirs = figures[f"{case}_transformers_tokens_per_second"]
+        row, = (line.split() for line in printed.splitlines() if line.startswith(f"{case} "))
+        assert figures[f"{case}_vllm_tokens_per_second"] == 100   # the median of 300, 100 and 20
+        assert figures[f"{case}_vllm_ratio"] == pytest.approx(ours / 100, rel=1e-4)
+        assert figures[f"{case}_ratio"] == pytest.approx(ours / theirs, rel=1e-4)
+        assert row[4] == "100" and float(row[5]) == pytest.approx(ours / 100, abs=0.02)
+        assert float(row[3]) == pytest.approx(ours / theirs, abs=0.02)
+    assert not any("openvino" in name for name in figures)
+
+
+def test_an_engine_that_does_not_start_is_skipped_with_its_last_message(
+        tmp_path, monkeypatch, capsys):
+    printed, figures, _ = run(tmp_path, monkeypatch, capsys, "--peers", "vllm", "openvino",
+                              "--repeats", "1", "--openvino-python", str(tmp_path / "python"))
+    assert "openvino is skipped because it does not start: AssertionError" in printed
+    assert figures["equal_vllm_ratio"] > 0 and "equal_ratio" not in figures   # no transformers
+    printed, figures, _ = run(tmp_path, monkeypatch, capsys, "--peers", "openvino", "--repeats",
+                              "1", "--openvino-python", str(tmp_path / "absent"))
+    assert "openvino is skipped because it does not start: " in printed
+    assert "No such file or directory" in printed and "equal_tokens_per_second" in figures
+
+
+def test_an_engine_that_returns_too_few_tokens_is_an_error(tmp_path, monkeypatch, capsys):
+    message, *_ = run(tmp_path, monkeypatch, capsys, "--peers", "vllm", missing=1)
+    assert message == ("benchmarks/rollout.py: error: vllm returned 8 responses with 15 tokens "
+                       "instead of 8 of 2 tokens each")
+
+
+def test_an_engine_that_ends_early_is_an_error_with_its_messages(tmp_path, monkeypatch, capsys):
+    message, *_ = run(tmp_path, monkeypatch, capsys, "--peers", "vllm", missing="1 / 0")
+    assert message.startswith("benchmarks/rollout.py: error: vllm failed: vllm: no such device\n")
+    assert message.endswith("ZeroDivisionError: division by zero")
+
+
+def test_engines_need_a_cpu_and_a_folder(tmp_path, monkeypatch, capsys):
+    message, *_ = run(tmp_path, monkeypatch, capsys, "--peers", "vllm", "--model",
+                      "qwen3-1.7b-shape")
+    assert "--peers openvino and vllm run on a CPU and read a folder" in message
+
+
+def test_the_rate_of_the_machine_is_that_of_the_fastest_kernel(monkeypatch):
+    if not hasattr(benchmark.torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    times = iter([1.0, 3.0, 2.0])   # bandwidth, F.linear, oneDNN
+    monkeypatch.setattr(benchmark, "best_time", lambda function, device: function() is None or (
+        next(times)))
+    bandwidth, rate, kernel = benchmark.measure_machine(
+        benchmark.torch.device("cpu"), benchmark.torch.float32)
+    assert (bandwidth, rate, kernel) == (2 ** 30, 2 * 2048 ** 3 / 2.0, "oneDNN")

@@ -193,7 +193,7 @@ def _warn(run: "Run", metrics: dict) -> None:
 def evaluation_row(found: dict[str, dict[str, float]], ending: str) -> dict[str, float]:
     """The part of a row of metrics.jsonl about held-out problems.
 
-    found: what eval.accuracy_of gives, by the name of the data set; of several there is the mean
+    found: what summary.accuracy_of gives, by the name of the data set; of several there is the mean
     accuracy, and each one's own. ending: of the names.
     """
     row = {f"eval_accuracy{ending}": fmean(each["accuracy"] for each in found.values())}

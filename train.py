@@ -38,12 +38,13 @@ import report
 import runs
 from data import Problem, Question, Response, epoch_order
 from distributed import gather_objects, world_size
-from eval import accuracy_of, evaluate
+from eval import evaluate
 from machine import prepare_gradients
 from model_utils import pack, response_logprobs, to_rows
 from prepare import Run, prepare
 from rollout import Work, generate
 from stopping import end_response, fold
+from summary import accuracy_of
 
 
 def train_step(run: Run, step: int, say: Callable[[str], Any]) -> tuple[dict, "Batch"]:
@@ -306,8 +307,7 @@ def train(run: Run) -> None:
 
         def evaluate_now(step: int) -> dict[str, float]:
             say("evaluating")
-            stop.at_once = step == 0   # nothing is lost then
-            ending = "" if step else "_before"
+            stop.at_once, ending = step == 0, "" if step else "_before"   # nothing is lost at 0
             found = report.evaluation_row(held_out_accuracy(run), ending)
             stop.at_once = False
             accuracies.append(found[f"eval_accuracy{ending}"])

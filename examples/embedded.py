@@ -8,8 +8,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DEMO_SEPARATOR, Demonstrations, PromptBuilder, load_problems
+from data import Demonstrations, load_problems
 from options import INSTRUCTION, TINY
+from prompts import DEMO_SEPARATOR, PromptBuilder
 from reward import score
 
 MODEL = str(TINY / "model")

@@ -17,11 +17,12 @@ import curves
 import pilot
 import train
 from data import Demonstrations, PromptBuilder, load_problems
-from eval import evaluate, interval, print_table, summarise
+from eval import evaluate
 from make import make_tokenizer
 from model_utils import load_model
 from options import METHODS, PAPER, EvaluationOptions
 from prepare import compared_formats, load_any_model, prepare_evaluation
+from summary import interval, print_table, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-READING_ORDER = ["icpo", "data", "rollout", "reward", "model_utils", "train", "eval"]
+READING_ORDER = ["icpo", "prompts", "data", "rollout", "reward", "model_utils", "summary", "train",
+                 "eval"]
 SUPPORT = ["options", "runs", "files", "rowforms", "datafiles", "templates", "stopping", "overlap",
            "hf_folders", "distributed", "machine", "memory", "sampling", "timing", "verify",
            "own_reward", "report", "trackers", "model_card", "pilot", "curves"]

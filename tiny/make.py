@@ -32,8 +32,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DEMO_SEPARATOR, INSTRUCTION, Problem, PromptBuilder
 from model_utils import ModelConfig, Transformer, load_model, save_model, token_logprobs
+from options import INSTRUCTION
+from prompts import DEMO_SEPARATOR, Problem, PromptBuilder
 from rollout import generate
 
 OPENING = "Adding up: "   # It is one token, so that working the sum out is a single choice.

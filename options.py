@@ -150,7 +150,7 @@ def end_with_mistake(program: str, message: object) -> NoReturn:
     their end the message once more. A mistake on another machine than rank 0's is said by that one.
     """
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)   # rank 0 may have found the same
+        time.sleep(8)   # rank 0 may have found the same
     text = f"{program}: error: {message}"
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         more = {"py_callstack": text, "timestamp": str(int(time.time()))}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
-from data import INSTRUCTION, Demonstrations, Problem, PromptBuilder, load_problems
+from data import Demonstrations, Problem, PromptBuilder, load_problems
 from make import make_tokenizer
-from options import parse_training, resolve
+from options import INSTRUCTION, parse_training, resolve
 
 
 @pytest.fixture(scope="module")

@@ -302,7 +302,7 @@ def test_a_mistake_is_said_once_for_all_processes(tmp_path, capsys, monkeypatch,
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit, match="2"):
         trainer.prepare(["--stepz", "3"])
-    assert capsys.readouterr().err == message + "\n" and slept == [3] * (rank == "1")
+    assert capsys.readouterr().err == message + "\n" and slept == [8] * (rank == "1")
     found = json.loads((tmp_path / "error.json").read_text())["message"]
     assert found["message"] == found["extraInfo"]["py_callstack"] == message
 

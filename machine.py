@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 
@@ -53,7 +53,7 @@ def merged_products(model: "Transformer"):
     try:
         with torch.inference_mode(False), torch.no_grad():
             if cpu and not wide:
-                model.logits = bfloat16_product(model.head.detach().float())
+                model.logits = wide_product(model.head.detach())
             elif groups and model.config.tie_embeddings:   # the embeddings stay where they are
                 model.logits = _product(model.head.detach(), None)
             for owner, method, layers in groups:
@@ -136,13 +136,14 @@ def has_bfloat16() -> bool:
         or getattr(torch.cpu, "_is_amx_tile_supported", bool)()))
 
 
-def bfloat16_product(weight: torch.Tensor) -> Callable:
-    """x [..., D] -> x·weightᵀ [..., V] in float32; both hold numbers of bfloat16.
+def wide_product(weight: torch.Tensor) -> Callable:
+    """The function x [..., D] -> x·weightᵀ [..., V] in float32, of x in the type of weight [V, D].
 
-    weight: [V, D] float32. The instructions for bfloat16 leave such products exact and sum them in
-    float32, so only the order of the sum is another than in float32.
+    A processor's instructions for bfloat16 compute exact products of such numbers and sum them in
+    float32. Their result differs from that of float32 in the order of the sum alone.
     """
-    mkldnn: Any = torch.backends.mkldnn
+    instructions = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_bfloat16()
+    weight, mkldnn = weight.float(), cast(Any, torch.backends.mkldnn)
 
     def product(x):
         return F.linear(x.float(), weight)
@@ -157,7 +158,7 @@ def bfloat16_product(weight: torch.Tensor) -> Callable:
         finally:
             matmul.fp32_precision = before
 
-    return with_instructions if weight.device.type == "cpu" and has_bfloat16() else product
+    return with_instructions if instructions else product
 
 
 def return_freed_memory(device: torch.device) -> None:

@@ -24,7 +24,7 @@ CONTEXT = 10 ** 9        # bytes of a card that CUDA, its libraries and NCCL tak
 FILL = 0.85              # share of the free memory that is used, because blocks leave gaps
 MAX_SLOTS = 256          # even where the free memory would allow more
 LOGITS_CHUNK = 1024      # positions whose logits exist at the same time
-PREFILL_POSITIONS = 2048   # that are prefilled in one pass; more leave the caches of a CPU
+PREFILL_POSITIONS = 2048   # prefilled in one pass; more of them do not fit in a CPU's caches
 
 
 def needs_group(options: TrainingOptions) -> bool:

@@ -37,7 +37,7 @@ from hf_folders import (
     rope_settings,
     write_folder,
 )
-from machine import bfloat16_product
+from machine import wide_product
 from memory import LOGITS_CHUNK
 
 # --------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def head_product(head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
                                        ).unflatten(0, hidden.shape[:-1])
     # The product above has neither a kernel for CPUs nor a derivative. The copy of the head holds
     # V·D numbers, which is about as many as a chunk of logits.
-    return bfloat16_product(head.float())
+    return wide_product(head)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

@@ -38,6 +38,7 @@ from model_utils import (
     KVCache,
     ModelConfig,
     Transformer,
+    head_product,
     load_model,
     pack,
     response_logprobs,
@@ -472,6 +473,13 @@ def test_bfloat16_logits_are_not_rounded(device):
         assert_close(model.logits(hidden).double(), first, atol=1e-5, rtol=0)
     assert completion.logprobs[0] == pytest.approx(
         first.log_softmax(-1)[0, completion.tokens[0]].item(), abs=1e-5)
+
+
+def test_float16_logits_are_not_rounded_to_bfloat16():
+    g = torch.Generator().manual_seed(0)
+    head, hidden = (torch.randn(rows, 512, generator=g).half() for rows in (64, 32))
+    assert_close(head_product(head)(hidden).double(), hidden.double() @ head.double().T,
+                 atol=1e-4, rtol=0)
 
 
 def test_an_empty_mask_gives_zeros_and_zero_gradients():

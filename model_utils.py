@@ -38,7 +38,7 @@ from hf_folders import (
     write_folder,
 )
 from machine import wide_product
-from memory import LOGITS_CHUNK
+from memory import LOGITS_CHUNK, LOGITS_IN_CACHES
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
@@ -417,6 +417,35 @@ def head_product(head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return wide_product(head)
 
 
+def _rows_in_caches(head: torch.Tensor, chunk_size: int) -> int:
+    """Positions whose softmax is computed at a time: on a CPU few, so that its caches hold them."""
+    return max(1, LOGITS_IN_CACHES // len(head)) if head.device.type == "cpu" else chunk_size
+
+
+def _statistics(logits, targets):
+    """[n, V] and [n] -> log π(target), the entropy, and the log of the sum of exp(logit): [n]."""
+    most = logits.amax(-1, keepdim=True)                                                   # [n, 1]
+    exponentials = logits.sub(most).exp_()                                                 # [n, V]
+    z = exponentials.sum(-1)                                                               # [n]
+    log_z = most[:, 0] + z.log()
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    return logprobs, log_z - exponentials.mul_(logits).sum(-1) / z, log_z
+
+
+def _logit_gradient(temperature, g_entropy, result, logits, targets, log_z, entropy, g):
+    """Writes the gradient of the logits [n, V] into `result`, and overwrites them.
+
+    g: the gradient of the log-probabilities, [n]; g_entropy: that of the entropies, or None.
+    """
+    # ∂ log π(t) / ∂ logit is [the logit is that of t] − π; ∂ H / ∂ logit is −π·(log π + H).
+    log_p = logits.div_(temperature).sub_(log_z[:, None])                                  # [n, V]
+    weight = -g[:, None]
+    if g_entropy is not None:
+        weight = weight - g_entropy[:, None] * (log_p + entropy[:, None])
+    d = log_p.exp_().mul_(weight).scatter_add_(1, targets[:, None], g[:, None])
+    torch.div(d, temperature, out=result)
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     """hidden [N, D], head [V, D], targets [N] -> log-probabilities and entropies, [N] float32 each.
 
@@ -429,13 +458,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, temperature, chunk_size, entropy_gradient):
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.entropy_gradient = entropy_gradient
-        pieces, product = [], head_product(head)
+        pieces, product, rows = [], head_product(head), _rows_in_caches(head, chunk_size)
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            logits = product(h).float().div_(temperature)                                  # [n, V]
-            log_z = logits.logsumexp(-1)
-            logprobs = logits.gather(-1, t[:, None])[:, 0] - log_z
-            entropy = log_z - (logits.sub(log_z[:, None]).exp_() * logits).sum(-1)
-            pieces.append((logprobs, entropy, log_z))
+            pieces += [_statistics(logits.div_(temperature), part) for logits, part in zip(
+                product(h).float().split(rows), t.split(rows), strict=True)]
         logprobs, entropy, log_z = (torch.cat(piece) for piece in zip(*pieces, strict=True))   # [N]
         ctx.save_for_backward(hidden, head, targets, log_z, entropy)
         if not entropy_gradient:
@@ -446,19 +472,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, *gradients):
         hidden, head, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        product = head_product(head)
+        product, rows = head_product(head), _rows_in_caches(head, ctx.chunk_size)
         chunks = (each.split(ctx.chunk_size)
                   for each in (hidden, targets, log_z, entropy, *gradients, grad_hidden))
-        for h, t, z, H, g, g_entropy, out in zip(*chunks, strict=True):
-            # ∂ log π(t) / ∂ logit is [the logit is that of t] − π; ∂ H / ∂ logit is −π·(log π + H).
-            log_p = product(h).float().div_(ctx.temperature).sub_(z[:, None])               # [n, V]
-            weight = -g[:, None]
-            if ctx.entropy_gradient:
-                weight = weight - g_entropy[:, None] * (log_p + H[:, None])
-            d = log_p.exp_().mul_(weight).scatter_add_(1, t[:, None], g[:, None])
-            d = d.div_(ctx.temperature).to(head.dtype)                                      # [n, V]
+        for h, *of_positions, out in zip(*chunks, strict=True):
+            logits = product(h).float()                                                    # [n, V]
+            d = logits if head.dtype == logits.dtype else torch.empty_like(logits, dtype=head.dtype)
+            parts = [each.split(rows) for each in (d, logits, *of_positions)]
+            for *part, g_entropy in zip(*parts, strict=True):
+                _logit_gradient(ctx.temperature, g_entropy if ctx.entropy_gradient else None, *part)
+            del logits, parts, part
             torch.mm(d, head, out=out)
             grad_head.addmm_(d.T, h)
+            del d   # before the next chunk of logits
         return grad_hidden, grad_head, None, None, None, None
 
 

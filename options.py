@@ -273,9 +273,11 @@ class SharedOptions:
     template_args: str = _data(
         "", "arguments of the chat template: enable_thinking=false,NAME=VALUE")
     chat_template: bool = _data(True, "put the tokenizer's chat template around the plain question")
-    demo_format: DemoFormat = _data(
-        "one-turn", "demonstrations and question: all in one user turn of the template; each "
-        "demonstration a user's and an assistant's turn; or text without the template (release)")
+    demo_format: Literal["auto", "turns", "one-turn", "text"] = _data(
+        "auto", "demonstrations and question: each demonstration a user's and an assistant's turn "
+        "of the template; all in one user turn; or text without the template (release). auto is "
+        "turns; one-turn for the embedded model and for templates without such turns; text with "
+        "--chat-template false")
     demo_chat_template: bool | None = _data(
         None, "earlier name: true is --demo-format one-turn, false is --demo-format text",
         free=True)

@@ -80,14 +80,30 @@ from trackers import Trackers, check_packages
 def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
     require(o.chat_template or not (o.system or o.template_args),
             "--system and --template-args act on the chat template: they need --chat-template true")
-    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, o.demo_format,
+    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, "text",
                             model.config.vocab_size, o.system, template_arguments(o.template_args),
                             stop_strings(o))
+    if o.demo_format == "auto":
+        o.demo_format = best_format(builder, (model.generation_config or {}).get("demo_format"))
+    builder = replace(builder, demo_format=o.demo_format)
     if builder.depends_on_date() and is_main():
         print(f"warning: the chat template of {o.model} writes today's date, so prompts change "
               f"from day to day: --template-args date_string='26 Jul 2024', or the name that the "
               f"template has for it, fixes the date", file=sys.stderr)
     return builder
+
+
+def best_format(builder: PromptBuilder, wanted: Any) -> Any:
+    """What --demo-format auto stands for. wanted: what generation_config.json says, if anything;
+    the embedded model was trained on one turn, and says so."""
+    if wanted in get_args(DemoFormat):
+        return wanted
+    if not builder.chat_template:
+        return "text"
+    try:
+        return replace(builder, demo_format="turns").demo_format
+    except ValueError:   # the template has no turns of an assistant
+        return "one-turn"
 
 
 def load_data(o: SharedOptions, source: str, embedded_file: str, split: str = "train",

@@ -2,6 +2,8 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 from data import Demonstrations, Problem, PromptBuilder, load_problems
 from make import make_tokenizer
 from options import INSTRUCTION, parse_training, resolve
+from prepare import make_builder
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +128,23 @@ def test_demonstrations_as_turns_are_what_the_template_makes_of_a_conversation(t
 
 
 @pytest.mark.parametrize("given, form", [
-    ([], "one-turn"), (["--demo-chat-template", "true"], "one-turn"),
+    ([], "auto"), (["--demo-chat-template", "true"], "one-turn"),
     (["--demo-chat-template", "false"], "text"), (["--demo-format", "turns"], "turns")])
 def test_the_earlier_name_of_the_form_of_demonstrations_is_accepted(given, form):
     options = resolve(parse_training(given))
     assert (options.demo_format, options.demo_chat_template) == (form, None)
+
+
+@pytest.mark.parametrize("wanted, chat, template, form", [
+    (None, True, None, "turns"), ("one-turn", True, None, "one-turn"), (None, False, None, "text"),
+    (None, True, "{{ messages[-1].content }}", "one-turn"), ("nonsense", True, None, "turns")])
+def test_the_form_of_demonstrations_follows_the_model(wanted, chat, template, form):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=None),
+                                 generation_config={"demo_format": wanted})
+    options = resolve(parse_training(["--chat-template", str(chat).lower()]))
+    assert make_builder(options, tokenizer, model).demo_format == options.demo_format == form
 
 
 def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):

@@ -253,7 +253,7 @@ def main() -> None:
         model.hf_config = hf_config
         model.generation_config = {   # the longest worked solution has 42 tokens
             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-            "max_new_tokens": 48}
+            "max_new_tokens": 48, "demo_format": "one-turn"}
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -9,7 +9,7 @@ size. Every size is that of one process, in bytes. A process on the CPU counts a
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,18 @@ def choose_slots(config: "ModelConfig", sequences: int, max_length: int, device,
     free = free_memory(torch.device(device)) if free is None else free
     room = (FILL * free - beside) // bytes_per_slot(config, max_length, dtype)
     return max(1, min(sequences, MAX_SLOTS, int(room)))
+
+
+def choose_recomputation(plan: "Plan", free: float) -> str:
+    """The least recomputation with which an update takes at most 85 % of the free memory.
+
+    free: the bytes that this process may take before it has weights; plan.own is beside them.
+    """
+    for least in ("none", "cheap"):
+        tried = replace(plan, options=replace(plan.options, recompute_activations=least))
+        if sum(tried.update(0).values()) <= plan.own + FILL * free:
+            return least
+    return "all"
 
 
 @dataclass(frozen=True)

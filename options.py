@@ -401,9 +401,10 @@ class TrainingOptions(SharedOptions):
     adam_eps: Positive = _optim(1e-8, "of AdamW: added to the root of the second moment")
     weight_decay: NotNegative = _optim(0.01, "of AdamW")
     grad_clip: Positive = _optim(1.0, "largest gradient norm")
-    recompute_activations: Literal["none", "cheap", "all"] = _optim(
-        "none", "activation checkpointing: the backward pass computes again what is cheap (all but "
-        "matrix products and attention), or all of a block but its input", free=True)
+    recompute_activations: Literal["auto", "none", "cheap", "all"] = _optim(
+        "auto", "activation checkpointing: the backward pass computes again what is cheap (all but "
+        "matrix products and attention), or all of a block but its input; auto is the least of "
+        "these with which the estimated update fits in the free memory", free=True)
     compile_blocks: bool = _optim(
         False, "put what lies around attention through torch.compile, in the pass that trains",
         free=True)

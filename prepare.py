@@ -39,7 +39,7 @@ from distributed import (
     wrap_blocks,
 )
 from machine import free_memory, has_bfloat16, own_memory, return_freed_memory
-from memory import CONTEXT, Plan, bytes_per_slot, choose_slots, needs_group
+from memory import CONTEXT, Plan, bytes_per_slot, choose_recomputation, choose_slots, needs_group
 from model_utils import Transformer, load_model, save_model
 from options import (
     PAPER,
@@ -229,11 +229,13 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     builder = make_builder(o, tokenizer, model)
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
     most = max(map(len, held_out.values()))
+    own = CONTEXT if cards else own_memory(device)
+    processes, size = cards or (world_size(), own + free_memory(device))
+    plan = Plan(model.config, o, processes, "cuda" if cards else device.type, own)
+    if o.recompute_activations == "auto":   # alike on all processes, because FSDP's hooks run again
+        o.recompute_activations = choose_recomputation(plan, min(gather_objects(size - own)))
     if o.dry_run:
         if is_main():
-            own = CONTEXT if cards else own_memory(device)
-            processes, size = cards or (world_size(), own + free_memory(device))
-            plan = Plan(model.config, o, processes, "cuda" if cards else device.type, own)
             say_dry_run(plan, builder, problems, demonstrations, most, size)
         sys.exit()
 

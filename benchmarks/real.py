@@ -58,7 +58,7 @@ SHOTS = "1 2 4"   # beside 0
 LIMIT = "--max-new-tokens 200"   # A lower one cuts off plain answers of the real model.
 # Without a KL term there is no second model; the micro-batch keeps a 0.5 B model below 19 GB.
 TRAIN = (f"{LIMIT} --num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
-         "--micro-batch-tokens 4096 --eval-every 10 --checkpoint-every 10 --keep-checkpoints 1 "
+         "--micro-batch-tokens 2048 --eval-every 10 --checkpoint-every 10 --keep-checkpoints 1 "
          "--keep-best false")
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo",
            "ICPO†": "--method icpo-rs", "ICPO, λ = 0.1": "--method icpo --shaping-lambda 0.1"}

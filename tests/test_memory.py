@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import train as trainer
 from distributed import wrap_blocks
-from memory import CONTEXT, Plan, bytes_per_slot, count_parameters
+from memory import CONTEXT, Plan, bytes_per_slot, choose_recomputation, count_parameters
 from model_utils import ModelConfig, Transformer, load_model, pack, response_logprobs
 from options import EvaluationOptions, OptionParser, TrainingOptions, parse_training, resolve
 from prepare import _check_evaluation, fill_slots
@@ -130,6 +130,16 @@ def test_a_pass_takes_what_is_computed(recompute, vocabulary):
     expected = sum(parts.values()) - 16 * plan.parameters
     assert held == pytest.approx(1024 * plan.kept, rel=0.05)
     assert live.peak == pytest.approx(expected, rel=0.1)
+
+
+def test_recomputation_is_the_least_with_which_an_update_fits():
+    plan = Plan(QWEN3, TrainingOptions(micro_batch_tokens=16384), 1, "cpu", own=1e9)
+    room = {how: (sum(replace(plan, options=replace(plan.options, recompute_activations=how))
+                      .update(0).values()) - plan.own) / 0.85 for how in ("none", "cheap", "all")}
+    assert room["none"] > room["cheap"] > room["all"]
+    for free, how in ((room["none"] + 1, "none"), (room["none"] - 1, "cheap"),
+                      (room["cheap"] + 1, "cheap"), (room["cheap"] - 1, "all"), (0, "all")):
+        assert choose_recomputation(plan, free) == how
 
 
 MEASURE = """
@@ -347,7 +357,7 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "of 85.90 GB" in said and "Seconds of a step on 4 A100" in said
     with pytest.raises(SystemExit):
-        trainer.prepare([*arguments, "--cards", "4x1"])
+        trainer.prepare([*arguments, "--cards", "4x1", "--recompute-activations", "none"])
     said = capsys.readouterr().out
     assert "it does not fit" in said and "timing.py has no figures of this GPU" in said
     checkpoint = tmp_path / "old" / "checkpoints" / "step-2"   # its weights are not read either

@@ -96,10 +96,10 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
 def best_format(builder: PromptBuilder, wanted: Any) -> Any:
     """What --demo-format auto stands for. wanted: what generation_config.json says, if anything;
     the embedded model was trained on one turn, and says so."""
-    if wanted in get_args(DemoFormat):
-        return wanted
     if not builder.chat_template:
         return "text"
+    if wanted in get_args(DemoFormat):
+        return wanted
     try:
         return replace(builder, demo_format="turns").demo_format
     except ValueError:   # the template has no turns of an assistant
@@ -232,7 +232,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     own = CONTEXT if cards else own_memory(device)
     processes, size = cards or (world_size(), own + free_memory(device))
     plan = Plan(model.config, o, processes, "cuda" if cards else device.type, own)
-    if o.recompute_activations == "auto":   # alike on all processes, because FSDP's hooks run again
+    if o.recompute_activations == "auto":   # alike on all processes
         o.recompute_activations = choose_recomputation(plan, min(gather_objects(size - own)))
     if o.dry_run:
         if is_main():

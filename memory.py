@@ -10,7 +10,7 @@ size. Every size is that of one process, in bytes. A process on the CPU counts a
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -65,16 +65,16 @@ def choose_slots(config: "ModelConfig", sequences: int, max_length: int, device,
     return max(1, min(sequences, MAX_SLOTS, int(room)))
 
 
-def choose_recomputation(plan: "Plan", free: float) -> str:
+def choose_recomputation(plan: "Plan", free: float) -> Literal["none", "cheap", "all"]:
     """The least recomputation with which an update takes at most 85 % of the free memory.
 
     free: the bytes that this process may take before it has weights; plan.own is beside them.
     """
-    for least in ("none", "cheap"):
-        tried = replace(plan, options=replace(plan.options, recompute_activations=least))
-        if sum(tried.update(0).values()) <= plan.own + FILL * free:
-            return least
-    return "all"
+    def fits(how: Literal["none", "cheap"]) -> bool:
+        tried = replace(plan, options=replace(plan.options, recompute_activations=how))
+        return sum(tried.update(0).values()) <= plan.own + FILL * free
+
+    return "none" if fits("none") else "cheap" if fits("cheap") else "all"
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ def test_the_earlier_name_of_the_form_of_demonstrations_is_accepted(given, form)
 
 
 @pytest.mark.parametrize("wanted, chat, template, form", [
-    (None, True, None, "turns"), ("one-turn", True, None, "one-turn"), ("one-turn", False, None, "text"),
+    (None, True, None, "turns"), ("one-turn", True, None, "one-turn"),
+    ("one-turn", False, None, "text"),
     (None, True, "{{ messages[-1].content }}", "one-turn"), ("nonsense", True, None, "turns")])
 def test_the_form_of_demonstrations_follows_the_model(wanted, chat, template, form):
     tokenizer = make_tokenizer()

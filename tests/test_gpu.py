@@ -278,7 +278,8 @@ def test_graphs_serve_rollout_after_rollout_where_memory_allows(data, tmp_path):
         gc.collect()   # the runs of earlier tests
         with pretend() as gpu:
             gpu.free = torch.cuda.memory_allocated() + room
-            run = prepare(tmp_path / str(kept), "cuda", *data, *BFLOAT16.split())
+            run = prepare(tmp_path / str(kept), "cuda", *data, *BFLOAT16.split(),
+                          "--recompute-activations", "none")
             captures = []
             for step in range(2):
                 trainer.train_step(run, step, lambda phase: None)

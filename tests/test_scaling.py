@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from processes import ROOT
 
 from benchmarks import scaling
-from processes import ROOT
 
 
 def test_a_case_is_measured(tmp_path, capsys):

@@ -224,18 +224,9 @@ def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype
     # frozen model has none.
     trained = next(model.parameters()).requires_grad
     for module in [*model.model.layers, model]:
-        keep = trained and (module is model or gathers_once(device))
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep,
+        fully_shard(module, mesh=mesh, mp_policy=policy,
+                    reshard_after_forward=module is not model or not trained,
                     offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
-
-
-def gathers_once(device: torch.device) -> bool:
-    """Whether weights are cast, and gradients added up, once an update and not once a micro-batch.
-
-    FSDP copies all weights and gradients of a single process too. On a CPU these copies would take
-    a quarter of an update; on a GPU they take little time, and memory is scarcer.
-    """
-    return world_size() == 1 and device.type == "cpu"
 
 
 def frozen_copy(model: "Transformer", dtype: torch.dtype, shard_size: int = 0,
@@ -268,11 +259,7 @@ def summed_at_the_last(model: torch.nn.Module, parts: list) -> Iterator:
     """
     for number, part in enumerate(parts, 1):
         if isinstance(model, FSDPModule):
-            last = number == len(parts)
-            model.set_requires_all_reduce(last)
-            if gathers_once(next(model.parameters()).device):
-                model.set_requires_gradient_sync(last)
-                model.set_reshard_after_backward(last)
+            model.set_requires_all_reduce(number == len(parts))
         yield part
 
 

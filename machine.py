@@ -19,7 +19,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 
 if TYPE_CHECKING:
     from model_utils import Transformer
@@ -177,14 +176,13 @@ def prepare_gradients(model: nn.Module, device: torch.device) -> None:
     """On CPUs, allocates all gradients before the first backward pass.
 
     If they were allocated one by one during that pass, they would keep its freed memory from being
-    returned. The memory that the rollout has freed is returned first. FSDP adds gradients up in
-    tensors of its own.
+    returned. The memory that the rollout has freed is returned first.
     """
     if device.type != "cpu":
         return
     with contextlib.suppress(AttributeError):         # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    for parameter in () if isinstance(model, FSDPModule) else model.parameters():
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
 

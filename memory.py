@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONTEXT = 10 ** 9        # bytes of a card that CUDA, its libraries and NCCL take
 FILL = 0.85              # share of the free memory that is used, because blocks leave gaps
 MAX_SLOTS = 256          # even where the free memory would allow more
-LOGITS_CHUNK = 1024          # positions whose logits exist at the same time
+LOGITS_CHUNK = 1024      # positions whose logits exist at the same time
 LOGITS_IN_CACHES = 1 << 20   # logits that a CPU's caches hold from one pass to the next
 PREFILL_POSITIONS = 2048   # prefilled in one pass; more of them do not fit in a CPU's caches
 
@@ -204,17 +204,14 @@ class Plan:
         beside = min(4 * logits, 4 * LOGITS_IN_CACHES) if cpu else 4 * logits
         head = 4 * table * (cpu and b == 2)
         # FSDP has one block whole, the next arriving, and the buffer in which it arrives; what lies
-        # around the blocks stays whole from the forward pass to the backward pass. A single process
-        # on a CPU keeps all blocks whole; see distributed.gathers_once.
-        whole = c.num_layers if cpu and self.processes == 1 else 3
-        blocks, root = (whole * b * block, b * rest) if self.fsdp else (0, 0)
-        around = root + blocks * (whole > 3)
+        # around the blocks stays whole from the forward pass to the backward pass.
+        blocks, root = (3 * b * block, b * rest) if self.fsdp else (0, 0)
         reducing = b * block + 2 * 4 * block if self.fsdp else 0
         moments: list[dict[str, float]] = [
-            {"activations": kept, "logits": 4 * logits + beside + head, "gathered for a pass":
-             around + (3 * b * block + root) * (bool(o.kl_coef) and self.fsdp)},
+            {"activations": kept, "logits": 4 * logits + beside + head,
+             "gathered for a pass": root + (blocks + root) * bool(o.kl_coef)},
             {"activations": kept, "logits": (4 if b == 4 else 6) * logits + head,
-             "gathered for a pass": around, "gradients in a pass": b * table},
+             "gathered for a pass": root, "gradients in a pass": b * table},
             {"activations": kept + again + passing, "gathered for a pass": root + blocks,
              "gradients in a pass": b * table + reducing},
             {"gradients in a pass": (b + 4) * rest + 4 * rest / (o.shard_size or self.processes)

@@ -6,8 +6,6 @@ import json
 import platform
 import random
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -680,36 +678,6 @@ def test_gradients_equal_finite_differences():
 
 # --------------------------------------------------------------------------------------------------
 # The copy to sample with
-
-ONE_PROCESS = """
-import sys
-import torch
-from distributed import (full_tensor, gather_model, gathers_once, init_distributed, shard,
-                         summed_at_the_last)
-from model_utils import load_model, pack, response_logprobs
-device = init_distributed("cpu", needed=True)
-plain, sharded = (load_model("tiny/model")[0] for _ in range(2))
-shard(sharded, device, torch.float32)
-parts = [pack([[5, 6, 7]], [[8, 9 + i]]) for i in range(3)]
-for update in range(2):
-    for model in (plain, sharded):
-        model.zero_grad()
-        for part in summed_at_the_last(model, parts):
-            response_logprobs(model, part)[0].sum().backward()
-    for (name, one), two in zip(plain.named_parameters(), sharded.parameters(), strict=True):
-        torch.testing.assert_close(full_tensor(two.grad), one.grad, msg=name)
-    assert gathers_once(device) and not gathers_once(torch.device("cuda"))
-    with torch.no_grad():   # the next update sees the weights of now
-        for parameter in (*plain.parameters(), *sharded.parameters()):
-            parameter -= 0.01 * parameter.grad
-    assert all(parameter.device == device for parameter in gather_model(sharded, torch.bfloat16)
-               .parameters())
-"""
-
-
-def test_one_process_sums_the_gradients_of_an_update_as_a_whole_model_does():
-    subprocess.run([sys.executable, "-c", ONE_PROCESS], cwd=ROOT, check=True)
-
 
 def test_gather_model_makes_a_frozen_copy():
     model = make_model(head_dim=16, tie_word_embeddings=True)

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import machine
+import model_utils
 from distributed import gather_model, wrap_blocks
 from machine import merged_products
 from model_utils import (
@@ -418,8 +419,11 @@ def full_logprobs(model, tokens, temperature):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("tied, temperature", [(False, 1.0), (True, 0.6)])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 1024])
-def test_token_logprobs_equals_the_full_softmax(chunk_size, tied, temperature, masked):
+@pytest.mark.parametrize("chunk_size, at_once", [(1, 9), (3, 2), (7, 3), (1024, 1), (1024, 99)])
+def test_token_logprobs_equals_the_full_softmax(chunk_size, at_once, tied, temperature, masked,
+                                                monkeypatch):
+    """`at_once` positions of a chunk get their softmax at a time."""
+    monkeypatch.setattr(model_utils, "LOGITS_IN_CACHES", at_once * V)
     model, tokens = make_model(head_dim=16, tie_word_embeddings=tied), random_tokens(3, 11)
     g = torch.Generator().manual_seed(1)
     weights = torch.randn(3, 10, generator=g)

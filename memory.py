@@ -70,9 +70,15 @@ def choose_recomputation(plan: "Plan", free: float) -> Literal["none", "cheap", 
 
     free: the bytes that this process may take before it has weights; plan.own is beside them.
     """
+    o, cache = plan.options, 0
+    if plan.cache_stays:   # The slots that are wanted need room beside the update.
+        slots = o.slots or min(MAX_SLOTS, -(-o.batch_size * (o.n_on + o.n_off) // plan.processes))
+        cache = slots * bytes_per_slot(plan.config, o.max_prompt_length + o.max_new_tokens,
+                                       getattr(torch, o.dtype))
+
     def fits(how: Literal["none", "cheap"]) -> bool:
-        tried = replace(plan, options=replace(plan.options, recompute_activations=how))
-        return sum(tried.update(0).values()) <= plan.own + FILL * free
+        tried = replace(plan, options=replace(o, recompute_activations=how))
+        return sum(tried.update(cache).values()) <= plan.own + FILL * free
 
     return "none" if fits("none") else "cheap" if fits("cheap") else "all"
 
@@ -203,6 +209,7 @@ class Plan:
         # float32 copy of a bfloat16 head.
         beside = min(4 * logits, 4 * LOGITS_IN_CACHES) if cpu else 4 * logits
         head = 4 * table * (cpu and b == 2)
+        weights = 4 * logits * (o.entropy_coef > 0 and not cpu)
         # FSDP has one block whole, the next arriving, and the buffer in which it arrives; what lies
         # around the blocks stays whole from the forward pass to the backward pass.
         blocks, root = (3 * b * block, b * rest) if self.fsdp else (0, 0)
@@ -210,7 +217,7 @@ class Plan:
         moments: list[dict[str, float]] = [
             {"activations": kept, "logits": 4 * logits + beside + head,
              "gathered for a pass": root + (blocks + root) * bool(o.kl_coef)},
-            {"activations": kept, "logits": (4 if b == 4 else 6) * logits + head,
+            {"activations": kept, "logits": (4 if b == 4 else 6) * logits + weights + head,
              "gathered for a pass": root, "gradients in a pass": b * table},
             {"activations": kept + again + passing, "gathered for a pass": root + blocks,
              "gradients in a pass": b * table + reducing},

@@ -441,7 +441,7 @@ def _logit_gradient(temperature, g_entropy, result, logits, targets, log_z, entr
     log_p = logits.div_(temperature).sub_(log_z[:, None])                                  # [n, V]
     weight = -g[:, None]
     if g_entropy is not None:
-        weight = weight - g_entropy[:, None] * (log_p + entropy[:, None])
+        weight = (log_p + entropy[:, None]).mul_(-g_entropy[:, None]).add_(weight)
     d = log_p.exp_().mul_(weight).scatter_add_(1, targets[:, None], g[:, None])
     torch.div(d, temperature, out=result)
 

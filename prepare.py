@@ -67,6 +67,7 @@ from runs import (
     check_settings,
     claim_folder,
     find_model,
+    format_of_run,
     give_back,
     load_checkpoint,
     read_model,
@@ -84,7 +85,8 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
                             model.config.vocab_size, o.system, template_arguments(o.template_args),
                             stop_strings(o))
     if o.demo_format == "auto":
-        o.demo_format = best_format(builder, (model.generation_config or {}).get("demo_format"))
+        o.demo_format = best_format(builder, format_of_run(o.model)
+                                    or (model.generation_config or {}).get("demo_format"))
     builder = replace(builder, demo_format=o.demo_format)
     if builder.depends_on_date() and is_main():
         print(f"warning: the chat template of {o.model} writes today's date, so prompts change "
@@ -94,14 +96,16 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
 
 
 def best_format(builder: PromptBuilder, wanted: Any) -> Any:
-    """What --demo-format auto stands for. wanted: what generation_config.json says, if anything;
-    the embedded model was trained on one turn, and says so."""
+    """What --demo-format auto stands for.
+
+    wanted: what the run says that made the model, or its generation_config.json, if anything. The
+    embedded model was trained on one turn, and says so.
+    """
     if not builder.chat_template:
         return "text"
-    if wanted in get_args(DemoFormat):
-        return wanted
     try:
-        return replace(builder, demo_format="turns").demo_format
+        form = wanted if wanted in get_args(DemoFormat) else "turns"
+        return replace(builder, demo_format=form).demo_format
     except ValueError:   # the template has no turns of an assistant
         return "one-turn"
 
@@ -201,6 +205,10 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
                      ("--optimizer-state cpu", o.optimizer_state == "cpu")):
         require(not on or cards or device.type == "cuda",
                 f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
+    if saved:   # a resumed run keeps what these stand for
+        then = resolve(parse_training([], saved))
+        o.max_new_tokens = o.max_new_tokens or then.max_new_tokens
+        o.demo_format = then.demo_format if o.demo_format == "auto" else o.demo_format
     check_settings(folder, saved or {}, o)
     on_main(lambda: check_fingerprint(folder, o) if saved else None)
     o.output_dir = str(folder)

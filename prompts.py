@@ -29,7 +29,8 @@ class PromptBuilder:
 
     instruction: text that ends every question. chat_template: put the tokenizer's template around
     the plain question. demo_format: how [D; q] is written: "turns", each demonstration a user's and
-    an assistant's turn of the template; "one-turn", all in one user turn; "text", no template.
+    an assistant's turn of the template; "one-turn", all in one user turn; "text", no template; what
+    train.py takes for a model is in prepare.best_format.
     vocab_size: that of the model. system: text of a system turn where the template is; empty is no
     such turn. template_args: further arguments of the template. stop: stop strings of every
     response; None is DEMO_SEPARATOR for responses to raw text, and none for others. Raises

@@ -399,6 +399,20 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
     return embedded(read_settings(config)["model"], "model"), folder
 
 
+def format_of_run(path: str) -> str | None:
+    """--demo-format of the run that this is, or of which it is a model or a checkpoint, if any."""
+    folder = Path(path)
+    if folder.name in ("final", "best"):
+        folder = folder.parent
+    elif folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    if not (folder / "config.yaml").is_file():
+        return None
+    settings = read_settings(folder / "config.yaml")
+    earlier = "one-turn" if settings.get("demo_chat_template", True) else "text"
+    return settings.get("demo_format", earlier)
+
+
 # --------------------------------------------------------------------------------------------------
 # Signals and messages
 
@@ -662,6 +676,10 @@ def _differences(old: dict, settings: dict, options, cases: list, found: dict) -
     if old and (options.demo_format == "text" or not options.chat_template
                 or options.stop != ["auto"]):
         old = {"stop": ["none"]} | old   # an evaluation of an earlier version had no stop strings
+    if not any(case.shots for case in cases):
+        old = old | {"demo_format": options.demo_format}   # it plays no part
+    elif old:
+        old = {"demo_format": "one-turn" if old.get("demo_chat_template", True) else "text"} | old
     then = replace(options, samples=old.get("samples", 0))
     if all(samples_of(then, case.data) == samples_of(options, case.data) for case in cases):
         old = old | {"samples": options.samples}   # 0 and the number that it stands for are equal

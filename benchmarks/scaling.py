@@ -36,7 +36,7 @@ BASE = {axis: value for axis, (_, value) in AXES.items()}
 STEPS = 3
 PARTS = {"seconds": "step", "rollout": "rollout", "update": "update"}
 # Of the simulation. A machine has 8 GPUs and, for each, a network card of 400 Gbit/s. A call that
-# sums over the GPUs of a machine takes so long beside its bytes.
+# sums over the GPUs of a machine takes so long, and its bytes more.
 NETWORK, MACHINE, LATENCY = 50e9, 8, 10e-6
 
 
@@ -76,7 +76,8 @@ def measure(job: dict) -> None:
     own = own_memory(torch.device("cpu"))
     run = trainer.prepare([
         "--model", job["model"], "--device", "cpu", "--batch-size", "16", "--max-prompt-length",
-        "2048", "--steps", "99", "--eval-every", "0", "--output-dir", job["output"], *(
+        "2048", "--recompute-activations", "none", "--steps", "99", "--eval-every", "0",
+        "--output-dir", job["output"], *(
             part for name in ("n-on", "max-new-tokens", "num-demonstrations")
             for part in (f"--{name}", str(job[name])))])
     run.model.stop_ids = ()
@@ -219,8 +220,11 @@ def simulate() -> str:
         slots = int((MACHINE * 0.9 * size - weights) // slot)
         engine = replace(plan, processes=1, options=replace(options, slots=slots))
         rounds = ceil(MACHINE * sequences / slots)
+        moved = (plan.width * MACHINE * sequences / rounds * shape.hidden_size
+                 * 2 * (MACHINE - 1) / MACHINE)
         split = step_seconds(engine, one, 1.0)["decode"] + (
-            rounds * given.max_new_tokens * 2 * shape.num_layers * LATENCY)
+            rounds * given.max_new_tokens * 2 * shape.num_layers
+            * (LATENCY + moved / (BANDWIDTH * card.link)))
         total = sum(seconds.values())
         tokens = batch * (given.n_on + given.n_off) * given.max_new_tokens / total / gpus
         lines.append(f"| {gpus} | {batch:,} | " + " | ".join(

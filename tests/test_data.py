@@ -12,6 +12,7 @@ from data import Demonstrations, Problem, PromptBuilder, load_problems
 from make import make_tokenizer
 from options import INSTRUCTION, parse_training, resolve
 from prepare import make_builder
+from runs import format_of_run
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,19 @@ def test_the_form_of_demonstrations_follows_the_model(wanted, chat, template, fo
                                  generation_config={"demo_format": wanted})
     options = resolve(parse_training(["--chat-template", str(chat).lower()]))
     assert make_builder(options, tokenizer, model).demo_format == options.demo_format == form
+
+
+def test_the_form_of_demonstrations_is_that_of_the_run_that_made_the_model(tmp_path):
+    model = tmp_path / "run"
+    for folder in ("final", "checkpoints/step-2", "elsewhere"):
+        (model / folder).mkdir(parents=True)
+    assert format_of_run(str(model)) is None
+    for settings, form in (("demo_format: text", "text"), ("demo_chat_template: false", "text"),
+                           ("demo_chat_template: true", "one-turn"), ("seed: 0", "one-turn")):
+        (model / "config.yaml").write_text(settings)
+        assert {format_of_run(str(each)) for each in (
+            model, model / "final", model / "checkpoints" / "step-2")} == {form}
+    assert format_of_run(str(model / "elsewhere")) is None and format_of_run("tiny") is None
 
 
 def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):

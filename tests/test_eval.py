@@ -167,6 +167,25 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / SAMPLES).read_text().startswith(text)
 
 
+@pytest.mark.parametrize("shots, form, goes_on", [
+    (1, "one-turn", True), (1, "text", False), (0, "text", True)])
+def test_an_evaluation_of_an_earlier_version_keeps_the_form_of_demonstrations(
+        tmp_path, shots, form, goes_on):
+    """It named the form otherwise. Without demonstrations the form plays no part."""
+    def evaluate(*more, check=True):
+        return run_script("eval.py", "--limit", 3, "--device", "cpu", "--shots", shots, "--output",
+                          "one.jsonl", *more, cwd=tmp_path, check=check)
+
+    evaluate()
+    about = json.loads((tmp_path / "one.json").read_text())
+    assert about["settings"].pop("demo_format") == "one-turn"
+    about["settings"]["demo_chat_template"] = True
+    (tmp_path / "one.json").write_text(json.dumps(about))
+    done = evaluate("--demo-format", form, check=False)
+    assert (done.returncode == 0) == goes_on
+    assert goes_on or "demo_format: one-turn, not text" in done.stderr
+
+
 def test_samples_may_lie_in_the_folder_of_the_model(tmp_path):
     """Writing the samples does not count as a change of the model; writing the weights does."""
     shutil.copytree(TINY / "model", tmp_path / "model")

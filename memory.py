@@ -205,11 +205,11 @@ class Plan:
         again = tokens * (now("none") - now(o.recompute_activations))
         passing = tokens * b * (c.intermediate_size + c.hidden_size)
         logits, cpu = min(LOGITS_CHUNK, -(-tokens // 4)) * c.vocab_size, self.device == "cpu"
-        # A GPU has the probabilities of all of them too, a CPU those of a few at a time, and a
-        # float32 copy of a bfloat16 head.
+        # A GPU also holds the probabilities of the whole chunk. A CPU holds those of a few
+        # positions, and a float32 copy of a bfloat16 head.
         beside = min(4 * logits, 4 * LOGITS_IN_CACHES) if cpu else 4 * logits
         head = 4 * table * (cpu and b == 2)
-        weights = 4 * logits * (o.entropy_coef > 0 and not cpu)
+        of_entropies = 4 * logits * (o.entropy_coef > 0 and not cpu)
         # FSDP has one block whole, the next arriving, and the buffer in which it arrives; what lies
         # around the blocks stays whole from the forward pass to the backward pass.
         blocks, root = (3 * b * block, b * rest) if self.fsdp else (0, 0)
@@ -217,7 +217,7 @@ class Plan:
         moments: list[dict[str, float]] = [
             {"activations": kept, "logits": 4 * logits + beside + head,
              "gathered for a pass": root + (blocks + root) * bool(o.kl_coef)},
-            {"activations": kept, "logits": (4 if b == 4 else 6) * logits + weights + head,
+            {"activations": kept, "logits": (4 if b == 4 else 6) * logits + of_entropies + head,
              "gathered for a pass": root, "gradients in a pass": b * table},
             {"activations": kept + again + passing, "gathered for a pass": root + blocks,
              "gradients in a pass": b * table + reducing},

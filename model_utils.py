@@ -417,11 +417,6 @@ def head_product(head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return wide_product(head)
 
 
-def _rows_in_caches(head: torch.Tensor, chunk_size: int) -> int:
-    """Positions whose softmax is computed at a time: on a CPU few, so that its caches hold them."""
-    return max(1, LOGITS_IN_CACHES // len(head)) if head.device.type == "cpu" else chunk_size
-
-
 def _statistics(logits, targets):
     """[n, V] and [n] -> log π(target), the entropy, and the log of the sum of exp(logit): [n]."""
     most = logits.amax(-1, keepdim=True)                                                   # [n, 1]
@@ -458,7 +453,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, temperature, chunk_size, entropy_gradient):
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.entropy_gradient = entropy_gradient
-        pieces, product, rows = [], head_product(head), _rows_in_caches(head, chunk_size)
+        # Positions whose softmax is computed at a time: on a CPU few, so that its caches hold them.
+        cpu = head.device.type == "cpu"
+        ctx.rows = rows = max(1, LOGITS_IN_CACHES // len(head)) if cpu else chunk_size
+        pieces, product = [], head_product(head)
         for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             pieces += [_statistics(logits.div_(temperature), part) for logits, part in zip(
                 product(h).float().split(rows), t.split(rows), strict=True)]
@@ -472,13 +470,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, *gradients):
         hidden, head, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        product, rows = head_product(head), _rows_in_caches(head, ctx.chunk_size)
+        product = head_product(head)
         chunks = (each.split(ctx.chunk_size)
                   for each in (hidden, targets, log_z, entropy, *gradients, grad_hidden))
         for h, *of_positions, out in zip(*chunks, strict=True):
             logits = product(h).float()                                                    # [n, V]
             d = logits if head.dtype == logits.dtype else torch.empty_like(logits, dtype=head.dtype)
-            parts = [each.split(rows) for each in (d, logits, *of_positions)]
+            parts = [each.split(ctx.rows) for each in (d, logits, *of_positions)]
             for *part, g_entropy in zip(*parts, strict=True):
                 _logit_gradient(ctx.temperature, g_entropy if ctx.entropy_gradient else None, *part)
             del logits, parts, part

@@ -198,8 +198,14 @@ def absolute(path: str) -> str:
 def read_old_names(options: "SharedOptions") -> None:
     """Resolves an option that was given by an earlier name, in place."""
     if options.demo_chat_template is not None:
-        options.demo_format = "one-turn" if options.demo_chat_template else "text"
+        options.demo_format = format_in({"demo_chat_template": options.demo_chat_template})
         options.demo_chat_template = None
+
+
+def format_in(settings: dict[str, Any]) -> Any:
+    """--demo-format of a run or an evaluation, whose version may have named it otherwise."""
+    earlier = "one-turn" if settings.get("demo_chat_template", True) else "text"
+    return settings.get("demo_format", earlier)
 
 
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ from options import (
     TrainingOptions,
     check_ranges,
     embedded,
+    format_in,
     pairs,
     parse_training,
     read_old_names,
@@ -81,13 +82,16 @@ from trackers import Trackers, check_packages
 def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> PromptBuilder:
     require(o.chat_template or not (o.system or o.template_args),
             "--system and --template-args act on the chat template: they need --chat-template true")
-    builder = PromptBuilder(tokenizer, o.instruction, o.chat_template, "text",
-                            model.config.vocab_size, o.system, template_arguments(o.template_args),
-                            stop_strings(o))
-    if o.demo_format == "auto":
-        o.demo_format = best_format(builder, format_of_run(o.model)
-                                    or (model.generation_config or {}).get("demo_format"))
-    builder = replace(builder, demo_format=o.demo_format)
+    build = functools.partial(
+        PromptBuilder, tokenizer, o.instruction, o.chat_template, system=o.system,
+        vocab_size=model.config.vocab_size, template_args=template_arguments(o.template_args),
+        stop=stop_strings(o))
+    if o.demo_format == "auto" and o.chat_template:
+        builder = best_builder(build, format_of_run(o.model)
+                               or (model.generation_config or {}).get("demo_format"))
+    else:
+        builder = build(demo_format="text" if o.demo_format == "auto" else o.demo_format)
+    o.demo_format = cast(Any, builder.demo_format)
     if builder.depends_on_date() and is_main():
         print(f"warning: the chat template of {o.model} writes today's date, so prompts change "
               f"from day to day: --template-args date_string='26 Jul 2024', or the name that the "
@@ -95,19 +99,15 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
     return builder
 
 
-def best_format(builder: PromptBuilder, wanted: Any) -> Any:
-    """What --demo-format auto stands for.
+def best_builder(build: Callable[..., PromptBuilder], wanted: Any) -> PromptBuilder:
+    """The builder with the form of demonstrations that suits a chat model.
 
-    wanted: what the run says that made the model, or its generation_config.json, if anything. The
-    embedded model was trained on one turn, and says so.
+    wanted: the form of the run that made the model, or the one in its generation_config.json.
     """
-    if not builder.chat_template:
-        return "text"
     try:
-        form = wanted if wanted in get_args(DemoFormat) else "turns"
-        return replace(builder, demo_format=form).demo_format
-    except ValueError:   # the template has no turns of an assistant
-        return "one-turn"
+        return build(demo_format=wanted if wanted in get_args(DemoFormat) else "turns")
+    except ValueError:   # the template may have no turns of an assistant
+        return build(demo_format="one-turn")
 
 
 def load_data(o: SharedOptions, source: str, embedded_file: str, split: str = "train",
@@ -205,10 +205,9 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
                      ("--optimizer-state cpu", o.optimizer_state == "cpu")):
         require(not on or cards or device.type == "cuda",
                 f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
-    if saved:   # a resumed run keeps what these stand for
-        then = resolve(parse_training([], saved))
-        o.max_new_tokens = o.max_new_tokens or then.max_new_tokens
-        o.demo_format = then.demo_format if o.demo_format == "auto" else o.demo_format
+    if saved:   # a resumed run keeps what 0 and auto stand for
+        o.max_new_tokens = o.max_new_tokens or saved.get("max_new_tokens", 0)
+        o.demo_format = format_in(saved) if o.demo_format == "auto" else o.demo_format
     check_settings(folder, saved or {}, o)
     on_main(lambda: check_fingerprint(folder, o) if saved else None)
     o.output_dir = str(folder)

@@ -29,13 +29,13 @@ class PromptBuilder:
 
     instruction: text that ends every question. chat_template: put the tokenizer's template around
     the plain question. demo_format: how [D; q] is written: "turns", each demonstration a user's and
-    an assistant's turn of the template; "one-turn", all in one user turn; "text", no template; what
-    train.py takes for a model is in prepare.best_format.
-    vocab_size: that of the model. system: text of a system turn where the template is; empty is no
-    such turn. template_args: further arguments of the template. stop: stop strings of every
-    response; None is DEMO_SEPARATOR for responses to raw text, and none for others. Raises
-    ValueError for a template that is missing, fails, does not end or leaves out the question, for a
-    stop string that can never occur, and for a token id beyond the vocabulary.
+    an assistant's turn of the template; "one-turn", all in one user turn; "text", no template;
+    prepare.make_builder chooses one for a model. vocab_size: that of the model. system: text of a
+    system turn where the template is; empty is no such turn. template_args: further arguments of
+    the template. stop: stop strings of every response; None is DEMO_SEPARATOR for responses to raw
+    text, and none for others. Raises ValueError for a template that is missing, fails, does not end
+    or leaves out the question, for a stop string that can never occur, and for a token id beyond
+    the vocabulary.
     """
     tokenizer: Any
     instruction: str = INSTRUCTION

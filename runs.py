@@ -43,6 +43,7 @@ from options import (
     TrainingOptions,
     embedded,
     flag,
+    format_in,
     parse_training,
     require,
     resolve,
@@ -406,11 +407,8 @@ def format_of_run(path: str) -> str | None:
         folder = folder.parent
     elif folder.parent.name == "checkpoints":
         folder = folder.parent.parent
-    if not (folder / "config.yaml").is_file():
-        return None
-    settings = read_settings(folder / "config.yaml")
-    earlier = "one-turn" if settings.get("demo_chat_template", True) else "text"
-    return settings.get("demo_format", earlier)
+    config = folder / "config.yaml"
+    return format_in(read_settings(config)) if config.is_file() else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -679,7 +677,7 @@ def _differences(old: dict, settings: dict, options, cases: list, found: dict) -
     if not any(case.shots for case in cases):
         old = old | {"demo_format": options.demo_format}   # it plays no part
     elif old:
-        old = {"demo_format": "one-turn" if old.get("demo_chat_template", True) else "text"} | old
+        old = old | {"demo_format": format_in(old)}
     then = replace(options, samples=old.get("samples", 0))
     if all(samples_of(then, case.data) == samples_of(options, case.data) for case in cases):
         old = old | {"samples": options.samples}   # 0 and the number that it stands for are equal

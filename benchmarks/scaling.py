@@ -28,15 +28,15 @@ from files import append_lines, read_lines
 from timing import BANDWIDTH, CARDS, step_seconds
 
 FACTORS = (1, 2, 4, 8, 16)
-# What grows: (name, its value in the base case).
+# What grows, by its option: (its name in the table, its value in the base case).
 AXES = {"n-on": ("responses of a question", 2), "max-new-tokens": ("tokens of a response", 32),
         "vocabulary": ("vocabulary", 2048), "num-demonstrations": ("demonstrations", 1),
         "processes": ("processes on the same cores", 1)}
 BASE = {axis: value for axis, (_, value) in AXES.items()}
 STEPS = 3
 PARTS = {"seconds": "step", "rollout": "rollout", "update": "update"}
-# Of the simulation. A machine has 8 GPUs and, for each, a network card of 400 Gbit/s. A call that
-# sums over the GPUs of a machine takes so long, and its bytes more.
+# Of the simulation. A machine has 8 GPUs and, for each, a network card of 400 Gbit/s. LATENCY is
+# the time in seconds of a sum over the GPUs of a machine, without that of its bytes.
 NETWORK, MACHINE, LATENCY = 50e9, 8, 10e-6
 
 

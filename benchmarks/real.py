@@ -56,7 +56,8 @@ ASKED = {"held-out": "held-out problems", "longer": "7 or 8 numbers",
          "equations": "simple_equations"}
 SHOTS = "1 2 4"   # beside 0
 LIMIT = "--max-new-tokens 200"   # A lower one cuts off plain answers of the real model.
-# Without a KL term there is no second model; the micro-batch keeps a 0.5 B model below 19 GB.
+# Without a KL term there is no second model. With this micro-batch a 0.5 B model takes up to 18 GB
+# in a step, and more than 24 GB while a checkpoint is written.
 TRAIN = (f"{LIMIT} --num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
          "--micro-batch-tokens 2048 --eval-every 10 --checkpoint-every 10 --keep-checkpoints 1 "
          "--keep-best false")

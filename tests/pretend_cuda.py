@@ -110,6 +110,7 @@ class Gpu:
         self.waits = collections.Counter()    # place in the project -> how often
         self.waited_streams = []              # (stream, the one it waits for)
         self.pools = collections.defaultdict(list)
+        self.generators = {}                  # id -> (generator, GPU); kept, so that ids stay
 
     def index(self, device=None) -> int:
         if device is None:
@@ -234,7 +235,8 @@ class _Calls(TorchFunctionMode):
             if gpu.capturing is not None and func in (torch.tensor, torch.as_tensor):
                 raise RuntimeError(f"copy from the CPU inside a capture at {_place()}")
             generator = kwargs.get("generator")
-            if generator is not None and gpu_of_generator.get(generator) != target:
+            of = gpu.generators.get(id(generator), (None, None))[1]
+            if generator is not None and of != target:
                 raise RuntimeError(f"the generator and the result are on different devices at "
                                    f"{_place()}")
         return gpu.put(func(*args, **kwargs), target)
@@ -392,7 +394,7 @@ def _capture(graph, pool=None, stream=None, **more):
     _now.captures += 1
 
 
-_Generator, gpu_of_generator = torch.Generator, weakref.WeakKeyDictionary()
+_Generator = torch.Generator
 
 
 class _Real(type):
@@ -404,7 +406,7 @@ class Generator(metaclass=_Real):
     def __new__(cls, device="cpu"):
         made = _Generator("cpu")
         if torch.device(device).type == "cuda":
-            gpu_of_generator[made] = _now.index(device)
+            _now.generators[id(made)] = made, _now.index(device)
         return made
 
 
@@ -434,6 +436,7 @@ def pretend(gpus: int = 1, free: int = 1 << 40):
         stack.enter_context(mock.patch.multiple(
             torch.cuda, is_available=lambda: True, device_count=lambda: gpus,
             current_device=lambda: gpu.current, set_device=set_device, device=_on_device,
+            is_current_stream_capturing=lambda: gpu.capturing is not None,
             is_initialized=lambda: True, init=lambda: None, Stream=Stream, Event=Event,
             stream=_on_stream, current_stream=gpu.stream, default_stream=gpu.stream,
             CUDAGraph=Graph, graph=_capture, graph_pool_handle=lambda: object(),

@@ -191,7 +191,8 @@ class CachedLayer(NamedTuple):
         q = q.reshape(B, k.shape[1], -1, E)                                       # [B, K, G·T, E]
         out = F.scaled_dot_product_attention(q, self.keys[self.read], self.values[self.read],
                                              attn_mask=self.bias)                 # [B, K, G·T, E]
-        return out.view(B, H, T, E).transpose(1, 2)
+        # A kernel of CUDA gives the result with the heads behind the queries.
+        return out.reshape(B, H, T, E).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from datafiles import content_hash
@@ -253,8 +254,12 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: folders checkpoints/step-N, which are whole or not there. They hold safetensors, a
-# file for each process, because the usual format of DCP has a pickle, which can run code.
+# Checkpoints: folders checkpoints/step-N, which are whole or not there. They hold safetensors files
+# of each process, because the usual format of DCP has a pickle, which can run code.
+
+FILE_BYTES = 1 << 29   # of a process's file; one that is larger holds a single tensor
+
+
 
 def _tensors(model_state: dict, optimizer_state: dict | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name. The options set all else that an optimiser has."""
@@ -264,6 +269,20 @@ def _tensors(model_state: dict, optimizer_state: dict | None = None) -> dict[str
         found |= {f"optimizer.{parameter}.{name}": tensor if tensor.ndim else tensor.view(1)
                   for name, tensor in state.items()}
     return found
+
+
+def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The file of each tensor, numbered from 1.
+
+    DCP has a file twice in memory while it writes it, beside all that the run holds.
+    """
+    files, number, used = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        if used and used + size > FILE_BYTES:
+            number, used = number + 1, 0
+        files[name], used = number, used + size
+    return files
 
 
 def read_checkpoint(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -295,7 +314,7 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
             shutil.rmtree(leftover, ignore_errors=True)
     barrier()
     try:
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(aside), _files_of(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
     except BaseException:   # mostly a full disk
         shutil.rmtree(aside, ignore_errors=True)

@@ -222,6 +222,9 @@ class _Calls(TorchFunctionMode):
             if grouped and (masked or first.dtype == torch.float32):
                 raise RuntimeError(f"no fused kernel serves this attention at {_place()}: those "
                                    f"that take float32 or a mask do not take grouped queries")
+            # Kernels give the result with the heads behind the queries in memory.
+            out = func(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+            return gpu.put(out, home)
         if kwargs.get("out_dtype") is not None:   # CUDA alone multiplies into another type
             wider = kwargs.pop("out_dtype")
             return func(*(a.to(wider) if isinstance(a, torch.Tensor) else a for a in args))

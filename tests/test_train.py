@@ -80,9 +80,11 @@ def no_pictures():
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """Returns the folder of an uninterrupted run of four steps."""
+    """Returns the folder of an uninterrupted run of four steps; its checkpoints have many files."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    trainer.train(prepare(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "FILE_BYTES", 1 << 20)
+        trainer.train(prepare(folder))
     return folder
 
 
@@ -225,9 +227,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processe
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
+def test_no_file_of_a_checkpoint_is_large(whole_run):
+    """Writing one takes twice its size in memory."""
+    files = [load_file(path) for path in (whole_run / "checkpoints" / "step-4").iterdir()]
+    assert len(files) > 4
+    for tensors in files:
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 1 << 20
+
+
 def cut(checkpoint):
     file = next(checkpoint.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_a_file(checkpoint):
+    min(checkpoint.glob("*.safetensors")).unlink()   # it has weights, which eval.py reads, too
 
 
 def without_its_files(checkpoint):
@@ -250,7 +264,8 @@ def with_a_pickle(checkpoint):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Executes()))
 
 
-@pytest.mark.parametrize("damage", [cut, without_its_files, of_another_model, with_a_pickle])
+@pytest.mark.parametrize("damage", [cut, without_a_file, without_its_files, of_another_model,
+                                    with_a_pickle])
 def test_the_checkpoint_before_a_damaged_one_serves(whole_run, tmp_path, monkeypatch, capsys,
                                                     damage):
     monkeypatch.setenv("ICPO_TEST_FOLDER", str(tmp_path / "executed"))

@@ -9,7 +9,7 @@ import functools
 import heapq
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,25 +117,35 @@ def on_main(function: Callable):
 
 
 class Totals:
-    """Named sums, and maxima of numbers ≥ 0, over parts and over processes."""
+    """Named sums, and maxima of numbers ≥ 0, over parts and over processes.
+
+    A value may be a tensor of one number, which is read at the end: reading it waits for a GPU.
+    """
 
     def __init__(self):
-        self.sums: dict[str, float] = {}
-        self.largest: dict[str, float] = {}
+        self.sums: dict[str, list] = {}
+        self.largest: dict[str, list] = {}
 
-    def add(self, **values: float) -> None:
+    def add(self, **values: float | torch.Tensor) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value   # whole numbers stay whole
+            self.sums.setdefault(name, []).append(value)
 
-    def maximum(self, **values: float) -> None:
+    def maximum(self, **values: float | torch.Tensor) -> None:
         for name, value in values.items():
-            self.largest[name] = max(self.largest.get(name, 0.0), value)
+            self.largest.setdefault(name, []).append(value)
 
     def over_processes(self) -> dict[str, float]:
         """The same on every process; each must have named the same numbers."""
-        everyone = gather_objects((self.sums, self.largest))
+        everyone = gather_objects([
+            {name: of(each.item() if torch.is_tensor(each) else each for each in values)
+             for name, values in named.items()}
+            for of, named in ((sum, self.sums), (_largest, self.largest))])
         return {**{name: sum(sums[name] for sums, _ in everyone) for name in self.sums},
                 **{name: max(largest[name] for _, largest in everyone) for name in self.largest}}
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max((0.0, *values))
 
 
 def share_out(lengths: Sequence[int], processes: int) -> list[list[int]]:
@@ -252,15 +262,23 @@ def _empty_like(model: "Transformer", dtype: torch.dtype) -> "Transformer":
     return empty.requires_grad_(False)
 
 
-def summed_at_the_last(model: torch.nn.Module, parts: list) -> Iterator:
-    """Yields the parts, each for a backward pass.
+def passes(model: "Transformer", parts: list, weights_stay: bool) -> Iterator:
+    """Yields the parts, each for a forward and a backward pass of one update.
 
     Copies of the weights (HSDP) sum their gradients over each other in the last pass alone.
+    weights_stay: the weights that the first pass gathers stay whole until the last has used them;
+    otherwise each pass gathers them twice.
     """
+    blocks = model.model.layers if isinstance(model, FSDPModule) else ()
+    for block in blocks:
+        block.set_reshard_after_forward(not weights_stay)
     for number, part in enumerate(parts, 1):
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(number == len(parts))
+            model.set_reshard_after_backward(number == len(parts) or not weights_stay)
         yield part
+    for block in blocks:
+        block.set_reshard_after_forward(True)
 
 
 def gather_model(model: "Transformer", dtype: torch.dtype,

@@ -194,6 +194,11 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on this device, without a wait for what a GPU still has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def own_memory(device: torch.device) -> int:
     """Bytes of the device's memory that this process has taken."""
     if device.type == "cuda":

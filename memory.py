@@ -156,11 +156,13 @@ class Plan:
             beside += sum(self.update(0).values()) - there
         return beside
 
-    def fits_beside_update(self, cache: float, free: float) -> bool:
-        """Whether the gathered copy and the cache can stay during the update, so that the sampler's
-        graphs serve again. free: the bytes that weights and reference have left."""
+    def fits_beside_update(self, more: float, free: float) -> bool:
+        """Whether a run with FSDP has room for `more` bytes during the update.
+
+        free: the bytes that weights and reference have left.
+        """
         update = sum(self.update(0).values()) - self.own - self.weights - self.reference
-        return self.fsdp and update + self.gathered + cache <= FILL * free
+        return self.fsdp and update + more <= FILL * free
 
     @property
     def _prefill(self) -> float:

@@ -37,7 +37,7 @@ from hf_folders import (
     rope_settings,
     write_folder,
 )
-from machine import wide_product
+from machine import to_device, wide_product
 from memory import LOGITS_CHUNK, LOGITS_IN_CACHES
 
 # --------------------------------------------------------------------------------------------------
@@ -548,7 +548,11 @@ def pack(prompts: list[list[int]], responses: list[list[int]],
             sources[index] = cell
         buckets[-1].append(row + [row[-1]] * (width - len(row)))
         cells += width
-    tensor = functools.partial(torch.tensor, device=device)
+    device = torch.device(device)
+
+    def tensor(numbers: list) -> torch.Tensor:
+        return to_device(torch.tensor(numbers), device)
+
     lengths = tensor([len(response) for response in responses])
     return Packing(tensor([tokens]), tensor([positions]), [tensor(bucket) for bucket in buckets],
                    tensor(sources), tensor(predicting),

@@ -141,6 +141,7 @@ class Run:
     held_out: dict[str, list[Problem]]  # by the name of the data set
     demonstrations: Demonstrations | None
     sampler: Sampler
+    weights_stay: bool                  # whole, from one micro-batch to the next
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
@@ -257,9 +258,9 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     optimizer = AdamW(model.parameters(), o.optimizer_state, lr=o.learning_rate,
                       betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps,
                       weight_decay=o.weight_decay)
-    sampler = make_sampler(o, model, most, dtype)
+    sampler, stay = make_sampler(o, model, most, dtype)
     run = Run(o, folder, device, model, reference, optimizer, builder, problems, held_out,
-              demonstrations, sampler, scorer, notes)
+              demonstrations, sampler, stay, scorer, notes)
     if saved is not None:
         run.start = load_checkpoint(folder, model, optimizer)
         require(run.start <= o.steps,
@@ -320,16 +321,22 @@ def _check_memory(sequences: int, o: SharedOptions, options: str) -> None:
 
 
 def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
-                 dtype: torch.dtype) -> Sampler:
-    """Slots for the larger of a rollout and an evaluation.
+                 dtype: torch.dtype) -> tuple[Sampler, bool]:
+    """(slots for the larger of a rollout and an evaluation, whether FSDP's weights stay whole).
 
-    It resolves --slots 0, in place, to a number that is the same on every process.
+    It resolves --slots 0, in place, to a number that is the same on every process. What stays from
+    one rollout or micro-batch to the next is what has room beside the update: first the sampler's
+    copy and its cache, so that its graphs serve again; then the weights that FSDP has gathered.
     """
     plan = Plan(model.config, o, world_size(), model.device.type)
     free = min(gather_objects(free_memory(model.device)))
     o.slots = min(gather_objects(fill_slots(plan, held_out, free)))
     length = o.max_prompt_length + o.max_new_tokens
-    keep = plan.fits_beside_update(o.slots * bytes_per_slot(plan.config, length, dtype), free)
+    of_sampler = plan.gathered + o.slots * bytes_per_slot(plan.config, length, dtype)
+    keep = plan.fits_beside_update(of_sampler, free)
+    stay = plan.fits_beside_update(plan.gathered + keep * of_sampler, free)
+    # One process on a CPU only copies its weights, which takes no time to speak of.
+    stay = stay and (plan.device == "cuda" or plan.processes > 1)
     sampler = error = None
     try:
         sampler = Sampler(model.config, o.slots, length, model.device, dtype, o.compile, keep)
@@ -338,7 +345,7 @@ def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
     for each in filter(None, gather_objects(error)):
         raise each
     assert sampler is not None
-    return sampler
+    return sampler, stay
 
 
 def fill_slots(plan: Plan, held_out: int, free: float) -> int:

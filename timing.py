@@ -59,20 +59,23 @@ def read_cards(options: TrainingOptions) -> tuple[int, float] | None:
 
 
 def communication(blocks: int, rest: int, processes: int, shard_size: int, micro_batches: int = 1,
-                  reference: int = 0, compute_bytes: int = 2) -> dict[str, float]:
+                  reference: int = 0, compute_bytes: int = 2,
+                  weights_stay: bool = False) -> dict[str, float]:
     """The bytes that a GPU receives in each part of an update with ring algorithms.
 
     It sends as many. The model has `blocks` parameters in its blocks and `rest` elsewhere: the
     embeddings, head and last norm, which stay gathered from the forward to the backward pass.
-    reference: passes without gradient beside the one that trains.
+    reference: passes without gradient beside the one that trains. weights_stay: see
+    distributed.passes.
     """
     part, replicas, count = (shard_size - 1) / shard_size, processes // shard_size, blocks + rest
     # Weights are gathered, once for the rollout and block by block in the passes. Gradients are in
     # float32; a reduce-scatter sums them within a replica, and after the last micro-batch an
     # all-reduce sums them between the replicas.
     return {"rollout": compute_bytes * count * part,
-            "forward": compute_bytes * count * part * micro_batches * (1 + reference),
-            "backward": compute_bytes * blocks * part * micro_batches,
+            "forward": compute_bytes * count * part * (
+                micro_batches * reference + (1 if weights_stay else micro_batches)),
+            "backward": 0 if weights_stay else compute_bytes * blocks * part * micro_batches,
             "gradients": 4 * count * part * micro_batches
             + 4 * count / shard_size * 2 * (replicas - 1) / replicas}
 

@@ -39,7 +39,7 @@ import runs
 from data import Problem, Question, Response, epoch_order
 from distributed import gather_objects, world_size
 from eval import evaluate
-from machine import prepare_gradients
+from machine import prepare_gradients, to_device
 from model_utils import pack, response_logprobs, to_rows
 from prepare import Run, prepare
 from rollout import Work, generate
@@ -212,14 +212,15 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     total = {"tokens": size["tokens"], "sequences": size["rows"],
              "fixed": size["rows"] * o.max_new_tokens}[o.loss_aggregation]
     prepare_gradients(run.model, run.device)
-    for rows in distributed.summed_at_the_last(run.model, parts or [[]]):
+    for rows in distributed.passes(run.model, parts or [[]], run.weights_stay):
         micro = batch.select(rows) if rows else NOTHING
         packing = pack([r.question.prompt for r in micro.responses],
                        [r.tokens for r in micro.responses], run.device)
-        mask = packing.mask & micro.keep[:, None].to(run.device)                           # [B, R]
-        old = [logprob for r in micro.responses for logprob in r.old_logprobs]
-        old_logprobs, = to_rows(packing.mask, torch.tensor(old, device=run.device))        # [B, R]
-        off_policy = micro.off_policy.to(run.device)
+        old = torch.tensor([logprob for r in micro.responses for logprob in r.old_logprobs])
+        old, keep, off_policy, advantages = (to_device(each, run.device) for each in (
+            old, micro.keep, micro.off_policy, micro.advantages.float()))
+        mask = packing.mask & keep[:, None]                                                # [B, R]
+        old_logprobs, = to_rows(packing.mask, old)                                         # [B, R]
         lengths = mask.sum(1, keepdim=True).clamp(min=1)                                   # [B, 1]
         weights = mask / (lengths if o.loss_aggregation == "sequences" else 1)             # [B, R]
         Z = max(total if o.normalizer == "batch" else weights.sum().item(), 1)
@@ -230,9 +231,8 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
             with torch.no_grad():
                 ref_logprobs, _ = response_logprobs(run.reference, packing, o.temperature)
         loss, metrics = icpo.icpo_loss(                                                    # (ICPO)
-            logprobs, old_logprobs, micro.advantages.float().to(run.device), weights, off_policy,
-            clip_low=o.clip_low, clip_high=o.clip_high,
-            shaping_lambda=o.shaping_lambda if o.shaping else None,
+            logprobs, old_logprobs, advantages, weights, off_policy, clip_low=o.clip_low,
+            clip_high=o.clip_high, shaping_lambda=o.shaping_lambda if o.shaping else None,
             off_policy_denominator=o.off_policy_denominator or "behaviour",
             normalizer=Z, dual_clip=o.dual_clip or None, ref_logprobs=ref_logprobs,
             kl_coef=o.kl_coef, clip_off_policy=o.clip_off_policy,
@@ -242,11 +242,11 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         (loss * share * world_size()).backward()
         on_policy = mask & ~off_policy[:, None]
         gap = (logprobs.detach() - old_logprobs) * on_policy                               # [B, R]
-        ratio, largest = gap.exp(), gap.abs().max()
-        totals.maximum(ratio_max=metrics.pop("ratio_max").item(), logprob_gap=largest.item())
-        totals.add(**{name: value.item() * share for name, value in metrics.items()},
-                   entropy=(entropy * on_policy).sum().item(), on_policy=on_policy.sum().item(),
-                   beyond=(ratio != ratio.clamp(1 - o.clip_low, 1 + o.clip_high)).sum().item(),
+        ratio = gap.exp()
+        totals.maximum(ratio_max=metrics.pop("ratio_max"), logprob_gap=gap.abs().max())
+        totals.add(**{name: value * share for name, value in metrics.items()},
+                   entropy=(entropy.detach() * on_policy).sum(), on_policy=on_policy.sum(),
+                   beyond=(ratio != ratio.clamp(1 - o.clip_low, 1 + o.clip_high)).sum(),
                    cells=sum(bucket.numel() for bucket in packing.buckets),
                    padding=packing.padding, shared=packing.shared)
     norm = distributed.clip_gradients(run.model, o.grad_clip)

@@ -23,6 +23,7 @@ from processes import Script
 from processes import run as run_script
 from safetensors.torch import load_file
 
+import distributed
 import icpo
 import runs
 import train as trainer
@@ -163,6 +164,26 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     assert any(row.off_policy for row, _ in kept) and loss.item() != 0
     for name, parameter in model.named_parameters():
         assert (gradients[name] - parameter.grad).norm() < 2e-4 * parameter.grad.norm(), name
+
+
+def test_weights_that_stay_are_gathered_once_and_make_the_same_gradient(tmp_path, monkeypatch):
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    gathered, gradients, plain = [], [], FSDPParam.init_all_gather_outputs
+    monkeypatch.setattr(FSDPParam, "init_all_gather_outputs", lambda *each, **more: (
+        gathered.append(1), plain(*each, **more)))
+    run = prepare(tmp_path, "--dtype", "bfloat16", "--kl-coef", 0, *MANY_PARTS)
+    batch = sampled_batch(run)
+    batch.advantages += torch.linspace(-1, 1, len(batch.advantages))
+    run.optimizer.step = lambda: gradients.append(
+        [distributed.full_tensor(p.grad).clone() for p in run.model.parameters()])
+    count = []
+    for run.weights_stay in (False, True, False):
+        gathered.clear()
+        trainer.update(run, batch)
+        count.append(len(gathered))
+    assert count[1] == len(gradients[0]) < count[0] / 4 == count[2] / 4
+    for of_one in zip(*gradients, strict=True):
+        assert torch.equal(of_one[0], of_one[1]) and torch.equal(of_one[0], of_one[2])
 
 
 @pytest.mark.parametrize("processes, settings, layout", [
@@ -1015,7 +1036,7 @@ def test_the_bytes_sent_match_the_table(tmp_path, shard_size, layout):
     blocks, rest = parts_of(model.config)
     assert blocks + rest == sum(p.numel() for p in model.parameters())
     expected = communication(blocks, rest, 2, shard_size, received["micro_batches"],
-                             compute_bytes=4)
+                             compute_bytes=4, weights_stay=True)
     assert (received["micro_batches"] > 1) == bool(layout)
     assert received["gathered"] == expected["forward"] + expected["backward"]
     assert received["reduced"] == expected["gradients"]

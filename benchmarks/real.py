@@ -41,7 +41,7 @@ from benchmarks.experiments import (
     shown,
     stoppable_pool,
 )
-from curves import draw_groups, read_metrics
+from curves import draw_groups, read_metrics, series
 from files import append_lines
 from options import absolute
 
@@ -56,10 +56,9 @@ ASKED = {"held-out": "held-out problems", "longer": "7 or 8 numbers",
          "equations": "simple_equations"}
 SHOTS = "1 2 4"   # beside 0
 LIMIT = "--max-new-tokens 200"   # A lower one cuts off plain answers of the real model.
-# Without a KL term there is no second model. With this micro-batch a 0.5 B model takes up to 18 GB
-# in a step, and more than 24 GB while a checkpoint is written.
+# Without a KL term there is no second model. With this micro-batch a 0.5 B model takes 18 GB.
 TRAIN = (f"{LIMIT} --num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
-         "--micro-batch-tokens 2048 --eval-every 10 --checkpoint-every 10 --keep-checkpoints 1 "
+         "--micro-batch-tokens 2048 --eval-every 5 --checkpoint-every 5 --keep-checkpoints 1 "
          "--keep-best false")
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo",
            "ICPO†": "--method icpo-rs", "ICPO, λ = 0.1": "--method icpo --shaping-lambda 0.1"}
@@ -227,6 +226,19 @@ def trained_table(before: dict[str, dict], done: dict[str, dict[int, dict]]) -> 
     return lines
 
 
+def progress_table(runs: dict[str, list[list[dict]]]) -> list[str]:
+    """Returns the lines of a Markdown table of the held-out accuracy at each evaluation. runs:
+    {system: metrics of each run}."""
+    found = {name: [series(metrics, "eval_accuracy") for metrics in each]
+             for name, each in runs.items()}
+    steps = sorted(set.intersection(*(set(each) for several in found.values() for each in several)))
+    return ["| system | seeds | " + " | ".join(f"{step} steps, %" for step in steps) + " |",
+            "|---" * (2 + len(steps)) + "|", *(
+                f"| {name} | {len(several)} | " + " | ".join(
+                    shown(*over_seeds([each[step] for each in several])) for step in steps) + " |"
+                for name, several in found.items())]
+
+
 def training_table(runs: dict[str, list[list[dict]]]) -> list[str]:
     """Returns the lines of a Markdown table of the first and last quarter of the steps. runs:
     {system: metrics of each run}."""
@@ -247,18 +259,19 @@ def training_table(runs: dict[str, list[list[dict]]]) -> list[str]:
 
 def report(o) -> None:
     """Writes results.md and draws the pictures of the runs that are finished, whoever asked."""
-    folders, clocks, unfinished = {}, [], []
+    folders, clocks, unfinished, wanted = {}, [], [], o.settings.get("train", "").split()
     for name in SYSTEMS:
         for folder in sorted((o.output_dir / "runs").glob(f"{folder_of(o, name, 0).name[:-1]}*/")):
             seed = int(folder.name.rpartition("seed")[2])
             clocks.append(beside(folder, "seconds"))
-            if rows_of(folder / "after.json"):
+            steps = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
+            if str(steps) == wanted[wanted.index("--steps") + 1]:
                 folders.setdefault(name, {})[seed] = folder
-            elif (folder / "metrics.jsonl").is_file():
-                steps = len(read_metrics(folder))
+            elif steps:
                 unfinished.append(f"{name}, seed {seed} ({steps} steps)")
-    done = {name: {seed: by_set(folder / "after.json") for seed, folder in runs.items()}
-            for name, runs in folders.items()}
+    done = {name: {seed: by_set(folder / "after.json") for seed, folder in runs.items()
+                   if rows_of(folder / "after.json")} for name, runs in folders.items()}
+    done = {name: runs for name, runs in done.items() if runs}
     hours = sum(float(line) for file in clocks if file.is_file()
                 for line in file.read_text().split()) / 3600
     lines = ["# chain_sum with a real model", "", f"`{json.dumps(o.settings)}`", "",
@@ -276,10 +289,12 @@ def report(o) -> None:
         if "GRPO" in done:
             lines += ["", *differences(results, named("GRPO", done["GRPO"]), ASKED, over_seeds)]
         draw_bars(results, ASKED, "After training", o.output_dir / "systems.png", over_seeds)
+    if folders:
         metrics = {name: [read_metrics(folder) for folder in runs.values()]
                    for name, runs in folders.items()}
         draw_groups(metrics, PANELS, o.output_dir / "curves.png")
-        lines += ["", "## Tokens sampled in training", "",
+        lines += ["", "## Held-out accuracy in training", "", *progress_table(metrics),
+                  "", "## Tokens sampled in training", "",
                   *draw_tokens({named(name, runs): list(runs.values())
                                 for name, runs in folders.items()}, o.output_dir / "tokens.png",
                                named("GRPO", folders.get("GRPO", {})))]
@@ -312,7 +327,7 @@ def main() -> None:
         help="systems to train; without a name there is no training (default: GRPO LUFFY ICPO "
         "ICPO†)")
     add("--seeds", type=int, help="runs of each system (default: 3, with --quick 1)")
-    add("--steps", type=int, help="training steps of each run (default: 60, with --quick 2)")
+    add("--steps", type=int, help="training steps of each run (default: 20, with --quick 2)")
     add("--learning-rate", type=float, default=5e-6, help="of the training (default: %(default)s)")
     add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="forms of the prompt "
         "with demonstrations to screen; the systems are trained with the first (default: turns)")
@@ -322,7 +337,7 @@ def main() -> None:
     add("--quick", action="store_true", help="run every part with one seed, few steps and "
         "few problems")
     o = parser.parse_args()
-    o.seeds, o.steps = o.seeds or (1 if o.quick else 3), o.steps or (2 if o.quick else 60)
+    o.seeds, o.steps = o.seeds or (1 if o.quick else 3), o.steps or (2 if o.quick else 20)
     folder = "real-quick" if o.quick else "real"
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
     o.data, o.model = o.output_dir / "data", absolute(o.model)

@@ -154,12 +154,12 @@ def test_intervals_over_seeds():
 
 
 def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
-    o = argparse.Namespace(output_dir=tmp_path, settings={"model": "M"})
+    o = argparse.Namespace(output_dir=tmp_path, settings={"model": "M", "train": "--steps 4"})
     (tmp_path / "before.json").write_text(json.dumps({"rows": [
         after(0.2, 140)[0] | {"data": "/data/screen.jsonl"}, *after(0.3, 150)]}))
     (tmp_path / "screen-turns.json").write_text(json.dumps({"rows": [
         after(0.5, 40)[0] | {"data": "/data/screen.jsonl", "shots": 2}]}))
-    for name, accuracies in {"GRPO": [0.4, 0.5, 0.6], "ICPO": [0.7, 0.8]}.items():
+    for name, accuracies in {"GRPO": [0.4, 0.5, 0.6], "ICPO": [0.7, 0.8, 0.9]}.items():
         for seed, accuracy in enumerate(accuracies):
             folder = real.folder_of(o, name, seed)
             folder.mkdir(parents=True)
@@ -167,11 +167,14 @@ def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
                    "errs_accept_rate": 0.75 if name == "ICPO" else None, "off_policy_share": 0.1,
                    "groups_all_equal": 0.5, "entropy": 1.0, "tokens_sampled": 2000.0}
             rows = [row | {"step": step, "eval_accuracy": accuracy} for step in range(1, 5)]
+            rows[0]["eval_accuracy_before"] = 0.25
             if name == "ICPO":
                 rows[0]["errs_accept_rate"] = 0.25
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             real.beside(folder, "seconds").write_text("3600.0\n")
-            if (name, seed) != ("ICPO", 1):
+            if (name, seed) == ("ICPO", 2):
+                (folder / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+            if name == "GRPO" or seed == 0:
                 (folder / "after.json").write_text(json.dumps({"rows": after(accuracy, 50 + seed)}))
     real.report(o)
     text = (tmp_path / "results.md").read_text()
@@ -185,13 +188,16 @@ def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
             "| ICPO | 1 | 70.0 | 50.0 | 60.0 | 51.0 | 50.0 | 52.0 |",
             "| GRPO | 3 | 50.0 → 50.0 | 90.0 → 90.0 | 60.0 → 60.0 | – → – | 10.0 → 10.0 | "
             "50.0 → 50.0 | 0.0 → 0.0 |",
-            "| ICPO | 1 | 70.0 → 70.0 | 90.0 → 90.0 | 60.0 → 60.0 | 25.0 → 75.0 | 10.0 → 10.0 | "
+            "| GRPO | 3 | 25.0 (25.0 to 25.0) | 50.0 (25.2 to 74.8) | 50.0 (25.2 to 74.8) | "
+            "50.0 (25.2 to 74.8) | 50.0 (25.2 to 74.8) |",
+            "| ICPO | 2 | 25.0 | 75.0 | 75.0 | 75.0 | 75.0 |",
+            "| ICPO | 2 | 75.0 → 75.0 | 90.0 → 90.0 | 60.0 → 60.0 | 25.0 → 75.0 | 10.0 → 10.0 | "
             "50.0 → 50.0 | 0.0 → 0.0 |"):
         assert f"\n{line}\n" in text
     assert "- ICPO, 1 seed against GRPO, 3 seeds: held-out problems too few seeds (+30.0" in text
-    assert "The runs took 5.0 hours. Not finished: ICPO, seed 1 (4 steps)." in text
-    assert ("- ICPO, 1 seed: 8 thousand tokens sampled, 2 thousand until the evaluation that first "
-            "reaches GRPO's accuracy at the end\n") in text
+    assert "The runs took 6.0 hours. Not finished: ICPO, seed 2 (1 steps)." in text
+    assert ("- ICPO, 2 seeds: 8 thousand tokens sampled, 2 thousand until the evaluation that "
+            "first reaches GRPO's accuracy at the end\n") in text
     for name in ("curves", "systems", "tokens"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -221,7 +227,7 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert text in capsys.readouterr().out
     assert re.findall(r"^\| (\d) \| (\S+) \| 8 \|", text, re.M) == [
         ("0", "–"), ("1", "turns"), ("2", "turns"), ("4", "turns")]
-    assert re.findall(r"^\| (\S+) \| 1 \| \d", text, re.M) == ["LUFFY", "ICPO"] * 2
+    assert re.findall(r"^\| (\S+) \| 1 \| \d", text, re.M) == ["LUFFY", "ICPO"] * 3
     monkeypatch.setattr(sys, "argv", [*arguments, "--systems"])
     real.main()
     monkeypatch.setattr(sys, "argv", ["real.py", "--report", "--output-dir", str(tmp_path / "out")])

@@ -184,6 +184,12 @@ def over_seeds(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def right(shares: list[float]) -> str:
+    """Returns the text of the mean of shares over seeds, with its interval cut at 0 and 100 %."""
+    mean, low, high = over_seeds(shares)
+    return shown(mean, *(min(max(end, 0.0), 1.0) if end == end else end for end in (low, high)))
+
+
 def by_set(file: Path) -> dict[str, dict]:
     """Returns the rows of an evaluation by the name of the set."""
     return {Path(row["data"]).stem: row for row in rows_of(file)}
@@ -219,7 +225,7 @@ def trained_table(before: dict[str, dict], done: dict[str, dict[int, dict]]) -> 
     for system, runs in done.items():
         cells = []
         for name in ASKED:
-            cells.append(shown(*over_seeds([each[name]["accuracy"] for each in runs.values()])))
+            cells.append(right([each[name]["accuracy"] for each in runs.values()]))
             mean, low, high = over_seeds([each[name]["tokens"] for each in runs.values()])
             cells.append(f"{mean:.1f}" + f" ({low:.1f} to {high:.1f})" * bool(low == low))
         lines.append(f"| {system} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -235,7 +241,7 @@ def progress_table(runs: dict[str, list[list[dict]]]) -> list[str]:
     return ["| system | seeds | " + " | ".join(f"{step} steps, %" for step in steps) + " |",
             "|---" * (2 + len(steps)) + "|", *(
                 f"| {name} | {len(several)} | " + " | ".join(
-                    shown(*over_seeds([each[step] for each in several])) for step in steps) + " |"
+                    right([each[step] for each in several]) for step in steps) + " |"
                 for name, several in found.items())]
 
 

@@ -151,6 +151,8 @@ def test_intervals_over_seeds():
     assert (mean, low, high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
     assert math.isnan(real.over_seeds([0.1, 0.2])[1])
     assert real.over_seeds([0.25] * 5) == (0.25, 0.25, 0.25)
+    assert real.right([0.2, 0.9, 0.7]) == "60.0 (0.0 to 100.0)"
+    assert real.right([0.2, 0.9]) == "55.0"
 
 
 def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):

@@ -267,7 +267,7 @@ def passes(model: "Transformer", parts: list, weights_stay: bool) -> Iterator:
 
     Copies of the weights (HSDP) sum their gradients over each other in the last pass alone.
     weights_stay: the weights that the first pass gathers stay whole until the last has used them;
-    otherwise each pass gathers them twice.
+    otherwise each pass gathers those of the blocks twice, and the others once.
     """
     blocks = model.model.layers if isinstance(model, FSDPModule) else ()
     for block in blocks:

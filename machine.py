@@ -196,7 +196,7 @@ def free_memory(device: torch.device) -> int:
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on this device, without a wait for what a GPU still has to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def own_memory(device: torch.device) -> int:

@@ -141,7 +141,7 @@ class Run:
     held_out: dict[str, list[Problem]]  # by the name of the data set
     demonstrations: Demonstrations | None
     sampler: Sampler
-    weights_stay: bool                  # whole, from one micro-batch to the next
+    weights_stay: bool                  # whether an update gathers them once, see passes
     scorer: Callable[..., list[float]]  # (responses, problems) -> rewards
     notes: Notes                        # what the scorer could not settle in this step
     start: int = 0                      # steps already made
@@ -333,10 +333,10 @@ def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
     o.slots = min(gather_objects(fill_slots(plan, held_out, free)))
     length = o.max_prompt_length + o.max_new_tokens
     of_sampler = plan.gathered + o.slots * bytes_per_slot(plan.config, length, dtype)
-    keep = plan.fits_beside_update(of_sampler, free)
-    stay = plan.fits_beside_update(plan.gathered + keep * of_sampler, free)
+    keep = plan.device == "cuda" and plan.fits_beside_update(of_sampler, free)
     # One process on a CPU only copies its weights, which takes no time to speak of.
-    stay = stay and (plan.device == "cuda" or plan.processes > 1)
+    stay = (plan.device == "cuda" or plan.processes > 1) and plan.fits_beside_update(
+        plan.gathered + keep * of_sampler, free)
     sampler = error = None
     try:
         sampler = Sampler(model.config, o.slots, length, model.device, dtype, o.compile, keep)

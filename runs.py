@@ -260,7 +260,6 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
 FILE_BYTES = 1 << 29   # of a process's file; one that is larger holds a single tensor
 
 
-
 def _tensors(model_state: dict, optimizer_state: dict | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name. The options set all else that an optimiser has."""
     found = {f"model.{name}": tensor for name, tensor in model_state.items()}
@@ -272,7 +271,7 @@ def _tensors(model_state: dict, optimizer_state: dict | None = None) -> dict[str
 
 
 def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The file of each tensor, numbered from 1.
+    """The file of each tensor, numbered from 1. What rank 0 says counts; its parts are the largest.
 
     DCP has a file twice in memory while it writes it, beside all that the run holds.
     """

@@ -4,7 +4,7 @@
     step_seconds(plan, CARDS[0], 1.0)      # {part: seconds}
     time_table(plan, CARDS[0])             # for --dry-run
 
-No figure of this file has been compared with a GPU. Letters as in memory.py.
+docs/gpus.md says what one H100 reached of these figures. Letters as in memory.py.
 """
 
 from dataclasses import dataclass

@@ -223,7 +223,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         old_logprobs, = to_rows(packing.mask, old)                                         # [B, R]
         lengths = mask.sum(1, keepdim=True).clamp(min=1)                                   # [B, 1]
         weights = mask / (lengths if o.loss_aggregation == "sequences" else 1)             # [B, R]
-        Z = max(total if o.normalizer == "batch" else weights.sum().item(), 1)
+        Z = (weights.new_full((), total) if o.normalizer == "batch" else weights.sum()).clamp(min=1)
         logprobs, entropy = response_logprobs(run.model, packing, o.temperature,
                                               entropy_gradient=o.entropy_coef > 0)         # [B, R]
         ref_logprobs = None

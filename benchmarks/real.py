@@ -265,13 +265,14 @@ def training_table(runs: dict[str, list[list[dict]]]) -> list[str]:
 
 def report(o) -> None:
     """Writes results.md and draws the pictures of the runs that are finished, whoever asked."""
-    folders, clocks, unfinished, wanted = {}, [], [], o.settings.get("train", "").split()
+    folders, clocks, unfinished, words = {}, [], [], o.settings["train"].split()
+    wanted = int(words[words.index("--steps") + 1])
     for name in SYSTEMS:
         for folder in sorted((o.output_dir / "runs").glob(f"{folder_of(o, name, 0).name[:-1]}*/")):
             seed = int(folder.name.rpartition("seed")[2])
             clocks.append(beside(folder, "seconds"))
             steps = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
-            if str(steps) == wanted[wanted.index("--steps") + 1]:
+            if steps == wanted:
                 folders.setdefault(name, {})[seed] = folder
             elif steps:
                 unfinished.append(f"{name}, seed {seed} ({steps} steps)")

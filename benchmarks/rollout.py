@@ -190,7 +190,7 @@ class PeakMemory:
 # The samplers
 
 def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[Completion]:
-    torch.backends.cuda.enable_cudnn_sdp(False)   # As in training; see init_distributed.
+    torch.backends.cuda.enable_cudnn_sdp(False)   # Training does so, see init_distributed.
     return generate(model, case.prompts, n=case.n, max_new_tokens=case.max_new_tokens,
                     stop_ids=case.stop_ids, seed=seed, sampler=sampler)
 
@@ -198,7 +198,7 @@ def ours(model: Transformer, case: Case, sampler: Sampler, seed: int) -> list[Co
 @torch.no_grad()
 def theirs(hf, case: Case, at_a_time: int) -> list[list[int]]:
     """Returns the responses of transformers."""
-    torch.backends.cuda.enable_cudnn_sdp(True)   # As it comes.
+    torch.backends.cuda.enable_cudnn_sdp(True)   # It is PyTorch's default.
     responses = []
     for first in range(0, len(case.prompts), at_a_time):
         prompts = case.prompts[first:first + at_a_time]

@@ -235,8 +235,8 @@ class _Calls(TorchFunctionMode):
         target = gpu.index(device) if torch.device(device).type == "cuda" else None
         if target is not None:
             kwargs["device"] = "cpu"
-            if gpu.capturing is not None and func in (torch.tensor, torch.as_tensor):
-                raise RuntimeError(f"copy from the CPU inside a capture at {_place()}")
+            if func in (torch.tensor, torch.as_tensor):
+                gpu.wait("copy from the CPU")
             generator = kwargs.get("generator")
             of = gpu.generators.get(id(generator), (None, None))[1]
             if generator is not None and of != target:
@@ -246,10 +246,11 @@ class _Calls(TorchFunctionMode):
 
     def _to(self, tensor, *args, copy=False, **kwargs):
         others = [a for a in (*args, kwargs.get("other")) if isinstance(a, torch.Tensor)]
+        non_blocking = kwargs.get("non_blocking", False)
         if others:
             target, dtype = _home(others[0]), others[0].dtype
         else:
-            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
             if device is not None and device.type == "meta":
                 return torch.Tensor.to(tensor, *args, copy=copy, **kwargs)
             target = _home(tensor) if device is None else (
@@ -257,9 +258,9 @@ class _Calls(TorchFunctionMode):
         same = dtype is None or dtype == tensor.dtype
         if _home(tensor) == target:
             return tensor.to(dtype or tensor.dtype, copy=copy)
-        return self._move(tensor if same else tensor.to(dtype), target)
+        return self._move(tensor if same else tensor.to(dtype), target, non_blocking)
 
-    def _move(self, tensor, target):
+    def _move(self, tensor, target, non_blocking=False):
         home = _home(tensor)
         if home == target:
             return tensor
@@ -267,6 +268,8 @@ class _Calls(TorchFunctionMode):
             raise RuntimeError(f"copy between devices inside a capture at {_place()}")
         if target is None:
             self.gpu.wait("copy to the CPU")
+        if home is None and not non_blocking:
+            self.gpu.wait("copy from the CPU")
         if isinstance(tensor, DTensor):
             return DTensor(self._move(tensor._local_tensor, target), tensor._spec,
                            requires_grad=False)

@@ -285,7 +285,7 @@ def test_graphs_serve_rollout_after_rollout_where_memory_allows(data, tmp_path):
                 trainer.train_step(run, step, lambda phase: None)
                 trainer.held_out_accuracy(run)
                 captures.append(gpu.captures)
-                assert run.sampler.keeps == kept
+                assert run.sampler.keeps == run.weights_stay == kept
             model = run.sampler.model()
             assert (captures[1] < 2 * captures[0]) == kept
             if kept:
@@ -294,6 +294,18 @@ def test_graphs_serve_rollout_after_rollout_where_memory_allows(data, tmp_path):
                 assert again is model
                 for one, two in zip(model.parameters(), whole.parameters(), strict=True):
                     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "micro-batch"])
+def test_no_micro_batch_waits_for_the_one_before(data, tmp_path, monkeypatch, normalizer):
+    waits, passes = [], trainer.distributed.passes
+    with pretend() as gpu:
+        monkeypatch.setattr(trainer.distributed, "passes", lambda *each: (
+            (waits.append(gpu.waits.copy()), part)[1] for part in passes(*each)))
+        run = prepare(tmp_path / "run", "cuda", *data, "--normalizer", normalizer, "--errs",
+                      "false", "--max-prompt-length", "100", "--micro-batch-tokens", "120")
+        trainer.update(run, sampled_batch(run, 0))
+    assert len(waits) > 1 and waits[0] == waits[-1]
 
 
 def test_an_update_of_adamw_waits_for_the_device_once(data, tmp_path):

@@ -205,7 +205,7 @@ def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
 
 
 def test_an_empty_folder_has_a_report_without_runs(tmp_path):
-    real.report(argparse.Namespace(output_dir=tmp_path, settings={}))
+    real.report(argparse.Namespace(output_dir=tmp_path, settings={"train": "--steps 4"}))
     assert "The runs took 0.0 hours." in (tmp_path / "results.md").read_text()
 
 

@@ -300,8 +300,12 @@ def report(o) -> None:
         metrics = {name: [read_metrics(folder) for folder in runs.values()]
                    for name, runs in folders.items()}
         draw_groups(metrics, PANELS, o.output_dir / "curves.png")
-        lines += ["", "## Held-out accuracy in training", "", *progress_table(metrics),
-                  "", "## Tokens sampled in training", "",
+        lines += ["", "## Held-out accuracy in training", "", *progress_table(metrics)]
+        ends = {name: {seed: {"end": read_metrics(folder)[-1]["eval_accuracy"]}
+                       for seed, folder in runs.items()} for name, runs in folders.items()}
+        if "GRPO" in ends:
+            lines += ["", *differences(ends, "GRPO", {"end": "after the last step"}, over_seeds)]
+        lines += ["", "## Tokens sampled in training", "",
                   *draw_tokens({named(name, runs): list(runs.values())
                                 for name, runs in folders.items()}, o.output_dir / "tokens.png",
                                named("GRPO", folders.get("GRPO", {})))]

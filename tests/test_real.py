@@ -197,6 +197,7 @@ def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
             "50.0 → 50.0 | 0.0 → 0.0 |"):
         assert f"\n{line}\n" in text
     assert "- ICPO, 1 seed against GRPO, 3 seeds: held-out problems too few seeds (+30.0" in text
+    assert "- ICPO against GRPO: after the last step too few seeds (+30.0 points)." in text
     assert "The runs took 6.0 hours. Not finished: ICPO, seed 2 (1 steps)." in text
     assert ("- ICPO, 2 seeds: 8 thousand tokens sampled, 2 thousand until the evaluation that "
             "first reaches GRPO's accuracy at the end\n") in text

@@ -9,7 +9,7 @@ import functools
 import heapq
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,16 +136,14 @@ class Totals:
 
     def over_processes(self) -> dict[str, float]:
         """The same on every process; each must have named the same numbers."""
-        everyone = gather_objects([
-            {name: of(each.item() if torch.is_tensor(each) else each for each in values)
-             for name, values in named.items()}
-            for of, named in ((sum, self.sums), (_largest, self.largest))])
+        def read(values: list) -> Iterator[float]:
+            return (each.item() if torch.is_tensor(each) else each for each in values)
+
+        everyone = gather_objects((
+            {name: sum(read(values)) for name, values in self.sums.items()},
+            {name: max(0.0, *read(values)) for name, values in self.largest.items()}))
         return {**{name: sum(sums[name] for sums, _ in everyone) for name in self.sums},
                 **{name: max(largest[name] for _, largest in everyone) for name in self.largest}}
-
-
-def _largest(values: Iterable[float]) -> float:
-    return max((0.0, *values))
 
 
 def share_out(lengths: Sequence[int], processes: int) -> list[list[int]]:
@@ -269,15 +267,17 @@ def passes(model: "Transformer", parts: list, weights_stay: bool) -> Iterator:
     weights_stay: the weights that the first pass gathers stay whole until the last has used them;
     otherwise each pass gathers those of the blocks twice, and the others once.
     """
-    blocks = model.model.layers if isinstance(model, FSDPModule) else ()
-    for block in blocks:
+    if not isinstance(model, FSDPModule):
+        yield from parts
+        return
+    for block in model.model.layers:
         block.set_reshard_after_forward(not weights_stay)
     for number, part in enumerate(parts, 1):
-        if isinstance(model, FSDPModule):
-            model.set_requires_all_reduce(number == len(parts))
-            model.set_reshard_after_backward(number == len(parts) or not weights_stay)
+        last = number == len(parts)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or not weights_stay)
         yield part
-    for block in blocks:
+    for block in model.model.layers:
         block.set_reshard_after_forward(True)
 
 

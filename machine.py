@@ -1,4 +1,4 @@
-"""What a machine needs: faster matrix products on CPUs, CUDA graphs, allocator settings, memory.
+"""What a machine needs: faster products on CPUs, CUDA graphs, copies, allocator settings, memory.
 
 The model knows nothing of this file; what speeds up CPUs is applied from outside.
 """
@@ -120,6 +120,11 @@ def make_capture(stream: "torch.cuda.Stream") -> Callable[[Step], Step]:
     return capture
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on this device, without a wait for what a GPU still has to do."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def bucket(number: int, most: int) -> int:
     """Rounds up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …, but at most `most`.
 
@@ -192,11 +197,6 @@ def free_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on this device, without a wait for what a GPU still has to do."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def own_memory(device: torch.device) -> int:

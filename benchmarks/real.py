@@ -265,20 +265,21 @@ def training_table(runs: dict[str, list[list[dict]]]) -> list[str]:
 
 def report(o) -> None:
     """Writes results.md and draws the pictures of the runs that are finished, whoever asked."""
-    folders, clocks, unfinished, words = {}, [], [], o.settings["train"].split()
+    folders, metrics, done, clocks, unfinished = {}, {}, {}, [], []
+    words = o.settings["train"].split()
     wanted = int(words[words.index("--steps") + 1])
     for name in SYSTEMS:
         for folder in sorted((o.output_dir / "runs").glob(f"{folder_of(o, name, 0).name[:-1]}*/")):
             seed = int(folder.name.rpartition("seed")[2])
             clocks.append(beside(folder, "seconds"))
-            steps = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
-            if steps == wanted:
+            rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+            if len(rows) == wanted:
                 folders.setdefault(name, {})[seed] = folder
-            elif steps:
-                unfinished.append(f"{name}, seed {seed} ({steps} steps)")
-    done = {name: {seed: by_set(folder / "after.json") for seed, folder in runs.items()
-                   if rows_of(folder / "after.json")} for name, runs in folders.items()}
-    done = {name: runs for name, runs in done.items() if runs}
+                metrics.setdefault(name, {})[seed] = rows
+                if after := by_set(folder / "after.json"):
+                    done.setdefault(name, {})[seed] = after
+            elif rows:
+                unfinished.append(f"{name}, seed {seed} ({len(rows)} steps)")
     hours = sum(float(line) for file in clocks if file.is_file()
                 for line in file.read_text().split()) / 3600
     lines = ["# chain_sum with a real model", "", f"`{json.dumps(o.settings)}`", "",
@@ -296,13 +297,12 @@ def report(o) -> None:
         if "GRPO" in done:
             lines += ["", *differences(results, named("GRPO", done["GRPO"]), ASKED, over_seeds)]
         draw_bars(results, ASKED, "After training", o.output_dir / "systems.png", over_seeds)
-    if folders:
-        metrics = {name: [read_metrics(folder) for folder in runs.values()]
-                   for name, runs in folders.items()}
-        draw_groups(metrics, PANELS, o.output_dir / "curves.png")
-        lines += ["", "## Held-out accuracy in training", "", *progress_table(metrics)]
-        ends = {name: {seed: {"end": read_metrics(folder)[-1]["eval_accuracy"]}
-                       for seed, folder in runs.items()} for name, runs in folders.items()}
+    if metrics:
+        of_runs = {name: list(runs.values()) for name, runs in metrics.items()}
+        draw_groups(of_runs, PANELS, o.output_dir / "curves.png")
+        lines += ["", "## Held-out accuracy in training", "", *progress_table(of_runs)]
+        ends = {name: {seed: {"end": rows[-1]["eval_accuracy"]} for seed, rows in runs.items()}
+                for name, runs in metrics.items()}
         if "GRPO" in ends:
             lines += ["", *differences(ends, "GRPO", {"end": "after the last step"}, over_seeds)]
         lines += ["", "## Tokens sampled in training", "",
@@ -310,7 +310,7 @@ def report(o) -> None:
                                 for name, runs in folders.items()}, o.output_dir / "tokens.png",
                                named("GRPO", folders.get("GRPO", {})))]
         lines += ["", "## In training", "", "Means over the first quarter of the steps → over the "
-                  "last quarter.", "", *training_table(metrics)]
+                  "last quarter.", "", *training_table(of_runs)]
     (o.output_dir / "results.md").write_text("\n".join(lines) + "\n")
 
 

@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from options import EvaluationOptions, OptionParser, end_with_mistake, shots_of
+from options import EvaluationOptions, OptionParser, end_with_mistake, hasten_imports, shots_of
 
 ABOUT = "Accuracy of a model with 0 or more demonstrations in its context."
 if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
     OptionParser(EvaluationOptions, ABOUT).parse(sys.argv[1:])
+    hasten_imports()
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import make_scorer
 from rollout import Completion, Sampler, generate
-from runs import find_output, follow_tokens, outlive_readers, write_samples
+from runs import begin_program, find_output, follow_tokens, write_samples
 from summary import print_table, summarise
 
 KEEP_EVERY = 64   # answers that a process scores and appends to the file at the same time
@@ -156,7 +157,7 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
 
 
 def main() -> None:
-    outlive_readers()
+    begin_program()
     o = OptionParser(EvaluationOptions, ABOUT).parse(sys.argv[1:])
     found = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts as Ctrl-C

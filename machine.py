@@ -166,6 +166,9 @@ def wide_product(weight: torch.Tensor) -> Callable:
     return with_instructions if instructions else product
 
 
+_STAYS = 256 << 20   # bytes of freed small tensors
+
+
 def return_freed_memory(device: torch.device) -> None:
     """Makes glibc return freed large tensors to the system; by default it may keep about half.
 
@@ -174,19 +177,20 @@ def return_freed_memory(device: torch.device) -> None:
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(AttributeError):       # another C library
             ctypes.CDLL(None).mallopt(-3, 16 << 20)     # M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(-1, 256 << 20)    # M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, _STAYS)       # M_TRIM_THRESHOLD
 
 
 def prepare_gradients(model: nn.Module, device: torch.device) -> None:
     """On CPUs, allocates all gradients before the first backward pass.
 
     If they were allocated one by one during that pass, they would keep its freed memory from being
-    returned. The memory that the rollout has freed is returned first.
+    returned. If they are large, the memory that the rollout has freed is returned first.
     """
     if device.type != "cpu":
         return
-    with contextlib.suppress(AttributeError):         # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    if 4 * sum(parameter.numel() for parameter in model.parameters()) > _STAYS:
+        with contextlib.suppress(AttributeError):         # another C library
+            ctypes.CDLL(None).malloc_trim(0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 

@@ -5,8 +5,10 @@ declaration says whether a run that is resumed may change it.
 """
 
 import argparse
+import atexit
 import difflib
 import functools
+import gc
 import json
 import math
 import os
@@ -141,6 +143,15 @@ def did_you_mean(word: str, options, prefix: str = "") -> str:
         difflib.get_close_matches(word, names, 1))
     shown = [flag(name)[2:] if prefix else name for name in close]
     return f"; did you mean {prefix}{shown[0]}?" if shown else ""
+
+
+def hasten_imports() -> None:
+    """Switches garbage collection off until runs.begin_program, and at exit.
+
+    The imports make many objects and no garbage; at exit Python would search them all for it.
+    """
+    gc.disable()
+    atexit.register(gc.freeze)
 
 
 def end_with_mistake(program: str, message: object) -> NoReturn:

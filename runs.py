@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import itertools
 import math
 import os
@@ -499,8 +500,12 @@ class _Output:
         return getattr(self.stream, name)
 
 
-def outlive_readers() -> None:
-    """Lets this process go on when what reads its output, such as head, ends."""
+def begin_program() -> None:
+    """Collects garbage from now on (see options.hasten_imports), and outlives readers.
+
+    When what reads the output of this process, such as head, ends, the process goes on.
+    """
+    gc.enable()
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
 
 

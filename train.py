@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from options import end_with_mistake, parse_training
+from options import end_with_mistake, hasten_imports, parse_training
 
 if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
     parse_training(sys.argv[1:])
+    hasten_imports()
 
 import torch
 from torch import Tensor
@@ -37,7 +38,6 @@ import icpo
 import report
 import runs
 from data import Problem, Question, Response, epoch_order
-from distributed import gather_objects, world_size
 from eval import evaluate
 from machine import prepare_gradients, to_device
 from model_utils import pack, response_logprobs, to_rows
@@ -239,7 +239,7 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
             log_ratio_clamp=o.log_ratio_clamp or None)
         loss = loss - o.entropy_coef * (entropy * weights).sum() / Z if o.entropy_coef else loss
         # FSDP averages over the processes, and Z is already that of all of them.
-        (loss * share * world_size()).backward()
+        (loss * share * distributed.world_size()).backward()
         on_policy = mask & ~off_policy[:, None]
         gap = (logprobs.detach() - old_logprobs) * on_policy                               # [B, R]
         ratio = gap.exp()
@@ -281,7 +281,7 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
         for response, row in zip(micro, logprobs.tolist() if rows else (), strict=False):
             old, response.old_logprobs = response.old_logprobs, fold(row, response)
             gap = max(gap, *(abs(a - b) for a, b in zip(response.old_logprobs, old, strict=True)))
-    return max(gather_objects(gap))
+    return max(distributed.gather_objects(gap))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def train(run: Run) -> None:
             if skipped == o.max_skipped:
                 raise runs.NotFinite(skipped, run.folder)
             # The signal may have reached one process alone.
-            stopped = any(gather_objects(stop.received is not None))
+            stopped = any(distributed.gather_objects(stop.received is not None))
             if stopped or o.checkpoint_every and (last or (step + 1) % o.checkpoint_every == 0):
                 say("saving")
                 runs.save_checkpoint(run.folder, run.model, run.optimizer, step + 1,
@@ -347,7 +347,7 @@ def train(run: Run) -> None:
 
 
 def main() -> None:
-    runs.outlive_readers()
+    runs.begin_program()
     try:
         run = prepare(sys.argv[1:])
     except ValueError as error:

@@ -86,6 +86,33 @@ print(open("/proc/self/smaps_rollup").read())
     assert int(kilobytes) >= 2 ** 27 // 1024 - 4096
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+@pytest.mark.parametrize("parameters, stays", [(10 ** 6, True), (10 ** 8, False)])
+def test_what_the_rollout_of_a_small_model_has_freed_stays(tmp_path, parameters, stays):
+    (tmp_path / "faults.py").write_text(f"""
+import resource
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from machine import prepare_gradients, return_freed_memory
+
+def pages():   # that Linux maps for 100 MB of tensors
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(250_000) for _ in range(100)].clear()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+cpu, model = torch.device("cpu"), torch.nn.Module()
+model.weight = torch.nn.Parameter(torch.zeros({parameters}))
+return_freed_memory(cpu)
+first = pages()
+prepare_gradients(model, cpu)
+print(first, pages())
+""")
+    first, again = map(int, run_script("faults.py", root=tmp_path).stdout.split())
+    assert first > 20_000
+    assert again < 1000 if stays else again > 20_000
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they live."""
 

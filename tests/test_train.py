@@ -1,5 +1,6 @@
 """Tests train.py on the embedded model: gradients, the procedure, resuming, users' mistakes."""
 
+import gc
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import runs
 import train as trainer
 from distributed import AdamW, learning_rate, micro_batches, round_at_random
 from model_utils import load_model
-from options import TrainingOptions, parse_training, resolve
+from options import TrainingOptions, hasten_imports, parse_training, resolve
 from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,15 @@ SMALL = ["--train-data", f"{_FEW.name}/few.jsonl", "--batch-size", "4", "--n-on"
 
 # With these a process has several micro-batches a step; no prompt is longer.
 MANY_PARTS = ["--max-prompt-length", "152", "--micro-batch-tokens", "200"]
+
+
+def test_a_program_collects_garbage_after_its_imports(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))   # It replaces both.
+    hasten_imports()
+    assert not gc.isenabled()
+    runs.begin_program()
+    assert gc.isenabled()
 
 
 def prepare(folder, *more):

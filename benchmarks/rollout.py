@@ -128,6 +128,23 @@ def measure_machine(device, dtype) -> tuple[float, float, str]:
     return bandwidth, 2 * size ** 3 / times[fastest], fastest
 
 
+def few_rows_rate(c: ModelConfig, rows: int, dtype) -> float:
+    """Returns the operations per second of products as a decode step on a CPU makes them: of a few
+    rows, with as many weights one after the other as the model has."""
+    cpu, x = torch.device("cpu"), torch.randn(rows, c.hidden_size, dtype=dtype)
+    shape = 2 * c.intermediate_size, c.hidden_size
+    count = math.ceil((c.num_layers * block_weights(c) + c.vocab_size * c.hidden_size)
+                      / (shape[0] * shape[1]))
+    weights = [torch.randn(shape, dtype=dtype) for _ in range(count)]
+    seconds = best_time(lambda: [F.linear(x, weight) for weight in weights], cpu)
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for i in range(count):
+            weights[i] = torch.ops.mkldnn._reorder_linear_weight(weights[i], rows)
+        seconds = min(seconds, best_time(lambda: [torch.ops.mkldnn._linear_pointwise(
+            x, weight, None, "none", [], "") for weight in weights], cpu))
+    return 2 * rows * shape[0] * shape[1] * count / seconds
+
+
 def block_weights(c: ModelConfig) -> int:
     """Returns the number of weights in a block's matrix products."""
     return (c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
@@ -491,6 +508,11 @@ def main() -> None:
         engines = start_engines(options, model.config, cases)
         figures = {"bandwidth_gb_per_second": bandwidth / 1e9,
                    "matmul_gflop_per_second": rate / 1e9}
+        few = ""
+        if device.type == "cpu":
+            rows = max(case.slots for case in cases)
+            figures["few_rows_gflop_per_second"] = few_rows_rate(model.config, rows, dtype) / 1e9
+            few = f"; {figures['few_rows_gflop_per_second']:,.0f} with {rows} rows"
         with tqdm(unit="rollout", leave=False) as bar:
             for case in cases:
                 figures |= measure(options, model, hf, case, bandwidth, rate, bar, engines)
@@ -503,7 +525,7 @@ def main() -> None:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     versions = "".join(f", {engine.name} {engine.version}" for engine in engines)
     print(f"{options.model}, {options.dtype}, {machine}{threads}, torch {torch.__version__}"
-          f"{versions}: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s by {kernel}")
+          f"{versions}: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s by {kernel}{few}")
     peers = [("generate", "transformers_tokens_per_second", "ratio")] * (hf is not None) + [
         (engine.name, f"{engine.name}_tokens_per_second", f"{engine.name}_ratio")
         for engine in engines]

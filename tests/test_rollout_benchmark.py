@@ -1,6 +1,7 @@
 """Runs benchmarks/rollout.py with the embedded model and a stand-in for an engine of its own
 environment."""
 
+import math
 import re
 import sys
 
@@ -114,3 +115,16 @@ def test_the_rate_of_the_machine_is_that_of_the_fastest_kernel(monkeypatch):
     bandwidth, rate, kernel = benchmark.measure_machine(
         benchmark.torch.device("cpu"), benchmark.torch.float32)
     assert (bandwidth, rate, kernel) == (2 ** 30, 2 * 2048 ** 3 / 2.0, "oneDNN")
+
+
+def test_the_rate_with_few_rows_counts_the_weights_of_the_model(monkeypatch):
+    if not hasattr(benchmark.torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    products = []   # of F.linear, of oneDNN
+    monkeypatch.setattr(benchmark, "best_time", lambda function, device: products.append(
+        len(function())) or (3.0, 2.0)[len(products) - 1])
+    config = benchmark.load_model(TINY / "model", "meta")[0].config
+    # The weights of four blocks (attention, MLP) and of the head, over those of a product.
+    count = math.ceil((4 * (2 * 128 * 32 * (4 + 2) + 3 * 128 * 384) + 106 * 128) / (768 * 128))
+    rate = benchmark.few_rows_rate(config, 5, benchmark.torch.float32)
+    assert products == [count, count] and rate == 2 * 5 * 768 * 128 * count / 2.0

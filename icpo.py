@@ -229,7 +229,7 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, kl_coef)
     counts = mask.bool()
     off = off_policy.bool()[:, None].expand(mask.shape)                                    # [B, T]
-    A = advantages[:, None]                                                                # [B, 1]
+    A = advantages[:, None].where(counts, 0.0)                                             # [B, T]
     dtype = torch.promote_types(logprobs.dtype, torch.float32)     # bfloat16 cannot count tokens
     logprobs = logprobs.to(dtype).where(counts, 0.0)
     old_logprobs = old_logprobs.detach().to(dtype).where(counts, 0.0)

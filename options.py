@@ -432,8 +432,9 @@ class TrainingOptions(SharedOptions):
         False, "keep the initial model of the KL term in the CPU's memory (for small GPUs)",
         free=True)
     max_skipped: Count = _optim(
-        3, "stop after so many steps in a row whose loss or gradient is not finite; such a step "
-        "leaves the weights alone and its batch in skipped-step-N.jsonl", free=True)
+        3, "stop after so many steps in a row that changed nothing: an update whose loss or "
+        "gradient is not finite leaves the weights alone, and the step's batch goes to "
+        "skipped-step-N.jsonl", free=True)
 
     eval_every: Natural = _eval(
         5, "evaluate on the held-out problems every so many steps, and before the first and after "

@@ -181,7 +181,11 @@ def prepare(arguments: list[str]) -> Run:
     A dry run ends here, with SystemExit, and has read no weights and written nothing.
     """
     o = parse_training(arguments)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun restarts dead processes
+    # torchrun starts the processes again if one dies.
+    require(o.output_dir or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)),
+            "torchrun --max-restarts needs --output-dir: the processes that it starts again would "
+            "not know which run is theirs")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         o.resume = True
     init_distributed(o.device)
     claim = on_main(lambda: claim_folder(o))
@@ -265,8 +269,9 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         run.start = load_checkpoint(folder, model, optimizer)
         require(run.start <= o.steps,
                 f"{folder} has made {run.start} steps already, more than --steps {o.steps}")
-    on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))
     on_main(lambda: write_settings(folder, o, run.start))
+    # It comes after, because a kill here must leave a folder that can be resumed.
+    on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))
     on_main(lambda: run.trackers.catch_up())
     return run
 

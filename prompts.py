@@ -49,7 +49,8 @@ class PromptBuilder:
     def __post_init__(self):
         check_stops(self.tokenizer, self.stop or ())
         if self.chat_template or self.demo_format != "text":
-            check_template(self.tokenizer, self._in_turns, self.demo_format == "turns")
+            check_template(self.tokenizer, self._in_turns, self.demo_format == "turns",
+                           self.system)
 
     def plain(self, problem: Problem) -> list[int]:
         """q, the prompt on which the objective conditions every response."""

@@ -19,6 +19,7 @@ from model_card import write_card
 from runs import how_to_go_on
 
 if TYPE_CHECKING:
+    from options import TrainingOptions
     from prepare import Run
     from train import Batch
 
@@ -162,6 +163,11 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
             _warn(run, metrics)
 
 
+def unchanged(o: "TrainingOptions", metrics: dict) -> bool:
+    """Whether no update of a step, of those with its mini-batches, changed the weights."""
+    return metrics["skipped_updates"] == o.batch_size // o.mini_batch_size
+
+
 def _show(samples: list[dict], number: int) -> None:
     """Prints so many of the rows of samples.jsonl, on- and off-policy responses in turn."""
     on, off = ([row for row in samples if row["off_policy"] == kind] for kind in (False, True))
@@ -177,10 +183,11 @@ def _warn(run: "Run", metrics: dict) -> None:
     o, reasons = run.options, []
     if metrics["groups_all_equal"] == 1:
         if metrics["answered"] == 0 and not o.reward:
-            reasons.append(f"no response has a final answer of the form --answer-format "
+            reasons.append(f"no plain response has a final answer of the form --answer-format "
                            f"{o.answer_format}")
         if metrics["truncated"] == 1:
-            reasons.append(f"all responses were cut off at --max-new-tokens {o.max_new_tokens}")
+            reasons.append(f"all plain responses were cut off at --max-new-tokens "
+                           f"{o.max_new_tokens}")
         rewards = {metrics["reward_on"], metrics["reward_off"]} - {None}
         reasons.append("every reward is 0" if rewards == {0} else
                        "the responses to each question have equal rewards")
@@ -251,9 +258,8 @@ def say_results(run: "Run", accuracies: list[float]) -> None:
     draw([run.folder], run.folder / "curves.png")
     write_card(run)
     run.trackers.end(run.folder / "curves.png")
-    skipped = [row["skipped_updates"] for row in read_metrics(run.folder)
-               if "skipped_updates" in row]
-    if run.options.steps and all(skipped):
+    rows = [row for row in read_metrics(run.folder) if "skipped_updates" in row]
+    if rows and all(unchanged(run.options, row) for row in rows):
         print("no step changed the model: the loss or gradient of each was not finite; see "
               f"{run.folder}/skipped-step-*.jsonl")
     for what, name in (("trained model", "final"), ("metrics", "metrics.jsonl"),

@@ -32,9 +32,9 @@ VOTES = 8             # of the answers to a problem, how many of the commonest a
 def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
     """The final answer as the response writes it; None if there is none.
 
-    answer_format: "boxed" takes the last box, see answers.last_box. "gsm8k" takes the rest of the
-    line behind the last ####. "tags" takes the last <answer>...</answer>, and if there is a box in
-    it, what the box holds.
+    answer_format: "boxed" takes the last box, see answers.last_box. "gsm8k" takes the
+    first line behind the last #### that is not empty. "tags" takes the last <answer>...</answer>,
+    and if there is a box in it, what the box holds.
     """
     if answer_format == "gsm8k":
         _, mark, rest = response.rpartition("####")

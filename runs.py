@@ -472,7 +472,7 @@ def stop_on_signal():
 
 
 class NotFinite(RuntimeError):
-    """Several steps in a row had a loss or gradient that is not finite."""
+    """Several steps in a row had no update with a finite loss and gradient."""
 
     def __init__(self, steps: int, folder: Path):
         super().__init__(

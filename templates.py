@@ -10,24 +10,27 @@ from verify import run_bounded
 Render = Callable[[Sequence[str]], str]   # texts, the user's and the assistant's by turns -> prompt
 
 
-def check_template(tokenizer: Any, render: Render, answered: bool) -> None:
+def check_template(tokenizer: Any, render: Render, answered: bool, system: str) -> None:
     """Raises ValueError for a template that is missing, fails, does not end or leaves out a text.
 
-    answered: the prompts hold turns of the assistant too.
+    answered: the prompts hold turns of the assistant too. system: the system turn, which `render`
+    puts first, or nothing.
     """
     turns = ["What is 2+3?", "It is 5."] * answered + ["What is 1+1?"]
     problem = "" if tokenizer.chat_template else "is missing"
+    instead = "give --chat-template false --demo-format text"
     if not problem:
         try:
             shown = run_bounded(lambda: render(turns))
             lacks = [text for text in turns if text not in shown]
             if lacks:
                 problem = f"leaves out {'the question' if turns[-1] in lacks else 'a turn'}"
+            elif system.strip() not in shown:
+                problem, instead = "leaves out the text of --system", "leave that option out"
         except Exception as error:
             problem = f"fails ({error})"
     if problem:
-        raise ValueError(f"the tokenizer's chat template {problem}; give --chat-template false "
-                         f"--demo-format text")
+        raise ValueError(f"the tokenizer's chat template {problem}; {instead}")
 
 
 def writes_date(tokenizer: Any, render: Render) -> bool:

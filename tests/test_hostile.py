@@ -217,6 +217,15 @@ def test_chat_templates_that_cannot_be_used(monkeypatch, template, words):
     assert PromptBuilder(tokenizer, "", False, "text").plain(Problem("1+1", "2"))
 
 
+def test_a_chat_template_without_a_system_turn_has_no_use_for_system():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tokenizer.chat_template = ("{% for message in messages if message.role != 'system' %}"
+                               "{{ message.content }}{% endfor %}")
+    assert PromptBuilder(tokenizer).plain(Problem("1+1", "2"))
+    with pytest.raises(ValueError, match="the text of --system; leave that option out"):
+        PromptBuilder(tokenizer, system="Be brief.")
+
+
 def test_an_evaluation_replaces_no_file_that_it_did_not_write(tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("precious")

@@ -346,7 +346,8 @@ def test_loss_and_gradient_are_always_finite(what):
         mask = torch.zeros_like(mask)
     elif what == "garbage behind the mask":
         logprobs = logprobs.masked_fill(mask == 0, math.nan)
-        old = old.masked_fill(mask == 0, -math.inf)
+        old, A = old.masked_fill(mask == 0, -math.inf), A.clone()
+        mask[1], A[1] = 0, math.nan
     else:
         old = logprobs - float(what[2:])
     logprobs.requires_grad_()

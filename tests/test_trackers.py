@@ -253,13 +253,16 @@ def test_a_missing_package_is_said_before_training(name, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_cannot_begin_is_named(tmp_path, monkeypatch):
-    def fail(*arguments):
+def test_a_tracker_that_cannot_begin_is_named_and_the_run_goes_on_without(tmp_path, monkeypatch):
+    def fail(folder, *arguments):
+        (folder / "trackio").mkdir()
         raise OSError("no place")
     monkeypatch.setitem(trackers.KINDS, "trackio", fail)
     monkeypatch.setitem(trackers.IMPORTS, "trackio", "json")
     with pytest.raises(ValueError, match="--report-to trackio: OSError: no place"):
         train(tmp_path / "run", "--report-to", "trackio")
+    train(tmp_path / "run", "--report-to", "none", "--resume")
+    assert len(rows_of(tmp_path / "run")) == 4
 
 
 def test_several_trackers_are_given_on_the_command_line_or_in_a_file(tmp_path, capsys):

@@ -473,6 +473,30 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
     assert len(batch) == 20 and all(len(row["tokens"]) == len(row["old_logprobs"]) for row in batch)
 
 
+def test_a_step_of_which_one_update_is_finite_is_no_skipped_step(tmp_path, monkeypatch, capsys):
+    run = prepare(tmp_path / "run", "--max-skipped", "1", "--mini-batch-size", "2",
+                  "--checkpoint-every", "0", "--eval-every", "0")
+    before = [p.detach().clone() for p in run.model.parameters()]
+    icpo_loss, calls = icpo.icpo_loss, []
+
+    def loss(*arguments, **more):
+        calls.append(0)
+        value, metrics = icpo_loss(*arguments, **more)
+        return value * (math.nan if len(calls) % 2 else 1), metrics
+
+    monkeypatch.setattr(icpo, "icpo_loss", loss)
+    trainer.train(run)
+    assert [row["skipped_updates"] for row in metrics_of(tmp_path / "run")] == [1, 1, 1, 1]
+    assert any((p != old).any() for p, old in zip(run.model.parameters(), before))
+    assert "no step changed the model" not in capsys.readouterr().out
+
+
+def test_restarts_need_the_name_of_the_folder(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="--max-restarts needs --output-dir"):
+        trainer.prepare(SMALL)
+
+
 def test_a_step_whose_responses_are_all_cut_off_and_masked_changes_little(tmp_path):
     run = prepare(tmp_path / "run", "--mask-truncated", "--max-new-tokens", "3", "--eval-every",
                   "0", "--steps", "2")
@@ -602,14 +626,14 @@ def test_a_run_without_final_answers_warns_in_its_first_steps(tmp_path, capsys):
     assert [row["answered"] for row in metrics_of(tmp_path / "run")] == [0] * 4
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
     assert [line.partition(" step ")[2].split()[0] for line in warnings] == ["1", "2", "3"]
-    assert "no response has a final answer of the form --answer-format tags; every reward is 0" in (
-        warnings[0])
+    assert ("no plain response has a final answer of the form --answer-format tags; every reward "
+            "is 0") in warnings[0]
 
 
 def test_a_run_whose_responses_are_all_cut_off_warns(tmp_path, capsys):
     run = prepare(tmp_path / "run", "--max-new-tokens", 2, "--eval-every", 0, "--steps", 1)
     trainer.train(run)
-    assert "all responses were cut off at --max-new-tokens 2; every reward is 0" in (
+    assert "all plain responses were cut off at --max-new-tokens 2; every reward is 0" in (
         capsys.readouterr().err)
 
 

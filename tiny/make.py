@@ -1,6 +1,6 @@
 """Makes the embedded default: problems, worked demonstrations, a tokenizer and a small model.
 
-    python tiny/make.py     # rewrites this folder, in about 20 minutes on one core
+    python tiny/make.py     # rewrites this folder, in under 20 minutes on one core
     python tiny/make.py --output-dir often --worked-share 0.2   # a model that often works sums out
     python tiny/make.py --output-dir often --worked-share 0.2 --init tiny/model --steps 100
                             # the same, in one or two minutes

@@ -48,7 +48,8 @@ from rollout import Completion, Sampler, Work, generate
 TARGETS = {
     "tiny": [("embedded_ratio", ">=", 3.0)],
     "cpu": [("equal_ratio", ">=", 2.0), ("varying_ratio", ">=", 3.5),
-            ("equal_memory_ratio", "<=", 1.0), ("varying_memory_ratio", "<=", 1.0)],
+            ("equal_memory_ratio", "<=", 1.0), ("varying_memory_ratio", "<=", 1.0),
+            *((f"{case}_vllm_ratio", ">=", 1.2) for case in ("equal", "varying", "long"))],
     "cuda": [(f"equal{slots}_{what}", ">=", bound) for slots in (64, 256)
              for what, bound in (("share", 0.6), ("ratio", 10.0))],
 }

@@ -60,7 +60,22 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
             a, b = (each if isinstance(each, Parts) and each.brackets in ("{}", "list", "or")
                     else Parts("list", (each,)) for each in (a, b))
             break
-    return same(a, b, algebra)
+    return same(_unnumbered(a, b), _unnumbered(b, a), algebra)
+
+
+def _unnumbered(shape: Shape, other: Shape) -> Shape:
+    """x_1 = 2, x_2 = 3 as the values of x, if the other answer does not number them."""
+    parts = shape.parts if isinstance(shape, Parts) and shape.brackets == "list" else ()
+    numbered = [re.fullmatch("([^_0-9]+)_?[0-9]+", part.name) if isinstance(part, Named) else None
+                for part in parts]
+    names = {match and match[1] for match in numbered}
+    values = other.value if isinstance(other, Named) and other.name in names else other
+    if len(names) != 1 or None in names or len({part.name for part in parts}) < len(parts) or (
+            not isinstance(values, Parts) or values.brackets not in ("list", "{}")) or any(
+            isinstance(part, Named) for part in values.parts):
+        return shape
+    found = Parts("list", tuple(part.value for part in parts))
+    return Named(other.name, found) if isinstance(other, Named) else found
 
 
 def _read_as(a: Shape | None, given: str, b: Shape) -> Shape | None:
@@ -96,16 +111,19 @@ def same(a: Any, b: Any, algebra: Algebra) -> bool | None:
     if isinstance(a, Form) and isinstance(b, Form):
         return _same_form(a, b, algebra)
     if isinstance(a, Words) and isinstance(b, Words):
-        # xE is not xe, but Red is red, and XIV is xiv.
-        mixed = any(word.product and not (word.written.istitle() or word.written.islower()
-                                          or word.written.isupper()) for word in (a, b))
+        # xE is not xe, nor Mg mg, but Red is red, and XIV is xiv.
+        mixed = any(word.product and (
+            len(word.text) == 2 or not re.search("[aeiouy]", word.text) or not (
+                word.written.istitle() or word.written.islower() or word.written.isupper()))
+            for word in (a, b))
         return a.text == b.text and (not mixed or a.written == b.written)
     for one, other in ((a, b), (b, a)):
         if isinstance(one, Words) and isinstance(other, Quantity):
             return bool(one.product) and other.value is None and not other.unit and algebra(
                 one.product, other.text, "")
-        if isinstance(one, Form) and one.kind == "choice" and isinstance(other, Words):
-            return one.parts[0] == other.text
+        if isinstance(one, Form) and one.kind == "choice" and not isinstance(other, Form):
+            return isinstance(other, Words) and one.parts[0] == other.text or same(
+                read(tidy(one.parts[1])), other, algebra)
         if isinstance(one, Form) and one.kind == "base" and isinstance(other, Quantity):
             return one.parts[1] == 10 and other.value == int(one.parts[0])
     return False
@@ -160,8 +178,10 @@ def _same_named(a: Any, b: Any, algebra: Algebra) -> bool | None:
         if x is None or y is None or x.sign != y.sign:
             return False
         return algebra(x.text, y.text, x.sign)
-    if isinstance(a, Relation) or isinstance(b, Relation):
-        return False
+    for one, other in ((a, b), (b, a)):
+        if isinstance(one, Relation):   # m + n = 5 is 5
+            return isinstance(other, Quantity) and one.value is not None and same(
+                one.value, other, algebra)
     a, b = (shape.value if isinstance(shape, Named) else shape for shape in (a, b))
     return same(a, b, algebra)
 
@@ -232,7 +252,8 @@ def _same_parts(a: Parts, b: Parts, algebra: Algebra) -> bool | None:
     kinds = {a.brackets, b.brackets}
     if len(kinds) > 1 and kinds not in ({"list", "{}"}, {"list", "sum"}):
         return False
-    if not kinds <= {"list", "or", "sum", "{}", "union"}:
+    if not kinds <= {"list", "or", "sum", "{}", "union"} or any(   # 1, 2, 3, … has an order
+            isinstance(part, Words) and part.text == "dots" for part in (*a.parts, *b.parts)):
         return _in_order(a.parts, b.parts, algebra)
     if len({sum(isinstance(part, Named) for part in each.parts) for each in (a, b)}) > 1:
         return False   # 4, 7 does not say which is x

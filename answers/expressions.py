@@ -32,11 +32,17 @@ _TOKEN = re.compile(
     r"|(?P<degree>\^\\circ)"
     r"|(?P<command>\\(?:frac|sqrt|binom|pi|cdot|times|div|[lr](?:floor|ceil|vert))(?![a-zA-Z]))"
     rf"|(?P<symbol>{SYMBOL})|(?P<sign>[-+*/^_(){{}}\[\]|!]))")
-_WORD = re.compile(r"[a-zA-Z]{4}|(?<![a-zA-Z])(?:ln|lg|log|exp|sin|cos|tan|pi)[a-zA-Z]")
+_WORD = re.compile(r"[a-zA-Z]{4}|(?<![a-zA-Z])(?:ln|lg|log|exp|sin|cos|tan|pi)[a-zA-Z]"
+                   r"|(?<![_^])[a-zA-Z][0-9]")   # CO2 is not C2O
+_INVERSE = r"\s*\^\s*\{?\s*(?:-1|T|\\top)(?![0-9])\s*\}?"
+_ORDERED = re.compile(   # A^{-1}B is not BA^{-1}
+    r"\\(?:vec|mathbf|hat|overrightarrow)(?![a-zA-Z]).*\\times"
+    rf"|(?<![a-zA-Z\\])[A-Z](?:{_INVERSE}\s*[A-Z]|\s*[A-Z]{_INVERSE})")
 _DERIVATIVE = re.compile(   # \\frac{dy}{dx} is no fraction of products
     r"\\frac\s*\{\s*(?:d|\\Delta|\\partial)(?![a-zA-Z]{3})[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
     r"\s*\{\s*(?:d|\\Delta|\\partial)\s*[a-zA-Z\\]")
 _FUNCTIONAL = re.compile(r"f|\\(?:Gamma|zeta|phi|varphi)|.*'")   # f(2x) is not 2f(x)
+THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil",
             r"\lvert": r"\rvert"}
 _DEGREE = r"\cdot\frac{\pi}{180}"
@@ -47,7 +53,7 @@ class _Unclear(Exception):
 
 
 class _Item(NamedTuple):
-    kind: str        # number, symbol, group, fraction, power, function, call or sign
+    kind: str        # number, symbol, group, fraction, factorial, power, function, call or sign
     text: str
     whole: int = 0   # of a fraction of whole numbers: -1 if it is above 1, else 1
 
@@ -55,9 +61,10 @@ class _Item(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def rewrite(text: str) -> str | None:
     """The expression, written in one way; None for what is not understood."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("**", "^"))
+    text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.replace("**", "^"))
     text = _PLAIN.sub(r"\\\1", text)
-    if _WORD.search(re.sub(r"\\[a-zA-Z]+|_\s*\{[^{}]*\}", " ", text)) or _DERIVATIVE.search(text):
+    if _WORD.search(re.sub(r"\\[a-zA-Z]+|_\s*\{[^{}]*\}", " ", text)) or (
+            _DERIVATIVE.search(text) or _ORDERED.search(text)):
         return None
     tokens, place = [], 0
     while place < len(text.rstrip()):
@@ -92,7 +99,9 @@ def _items(tokens: list, closing: str) -> list[_Item]:
                 raise _Unclear
             items.append(_Item("number", _number(text)))
         elif kind == "symbol":
-            if _FUNCTIONAL.fullmatch(text) and tokens and tokens[-1][1] == "(":
+            called = len(tokens) > 2 and tokens[-3][1] == ")" and tokens[-2][0] in (
+                "symbol", "number")   # s(t) is not st
+            if tokens and tokens[-1][1] == "(" and (called or _FUNCTIONAL.fullmatch(text)):
                 tokens.pop()
                 text += f"({_join(_items(tokens, ')'))})"
             items.append(_Item("symbol", _name(text)))
@@ -117,9 +126,9 @@ def _items(tokens: list, closing: str) -> list[_Item]:
             else:
                 items[-1:] = [_Item("power", f"{_value(before)}^{{{power}}}")]
         elif text == "!":
-            if before.text.endswith("!"):
+            if before.kind == "factorial":
                 raise _Unclear
-            items[-1:] = [_Item("group", f"{_value(before)}!")]
+            items[-1:] = [_Item("factorial", f"({_value(before)}!)")]
         elif text == "_":
             if before.text != r"\log":
                 raise _Unclear

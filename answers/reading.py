@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from answers.expressions import FUNCTIONS, SYMBOL, has_letters, rewrite
+from answers.expressions import FUNCTIONS, SYMBOL, THOUSANDS, has_letters, rewrite
 from answers.units import UNITS, read_unit
 
 # --------------------------------------------------------------------------------------------------
@@ -38,13 +38,14 @@ class Words:
 
 @dataclass(frozen=True)
 class Parts:
-    """Several answers.
+    r"""Several answers.
 
     brackets: list, or (a list of names or units joined by "or"), sum (4 hours 10 minutes), {}, (),
     [], (], [), union, matrix or row.
     """
     brackets: str
     parts: tuple[Any, ...]
+    by_sign: bool = False           # a list that \pm has made: two of the answers of a longer list
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Relation:
     r"""text sign 0, where sign is =, >, \ge or \ne."""
     sign: str
     text: str
+    value: Any = None               # 5 of m + n = 5; None if the left side has one letter only
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ _SYMBOLS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "�
             "¢": " cents", "₹": r"\rupee ", "¥": r"\yen ", "Å": " angstrom", "ℝ": r"\mathbb{R}",
             "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
             "\u2009": r"\,", "\u202f": r"\,", "\u00a0": " ", "’": "'", "′": "'", "“": "", "”": "",
-            "\ufeff": "", "\u200b": ""}
+            "\ufeff": "", "\u200b": "", "…": r"\dots ", "⩽": r"\le ", "⩾": r"\ge ", "∶": ":",
+            "。": ".", "、": ",", "ϕ": r"\phi ", "∆": r"\Delta "}
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
@@ -122,6 +125,7 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
     # Degrees and percent
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|(?<=[0-9])\s*\\circ(?![a-zA-Z])"
      r"|\^?\s*\\(?:degrees?|deg)(?![a-zA-Z])|\\textdegree", r"^\\circ "),
+    (r"\\pmod ?\{ ?([0-9]+) ?\}", r"\\pmod \1"), (r"(?<=[a-zA-Z])_([0-9]{2,})", r"_{\1}"),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"), (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"(?<!\\)%", r"\\%"), (r"\\(?:bar|overline)(?![a-zA-Z])", r"\\overline"),
     (r"\\text\s*\{\s*\}", ""),
@@ -130,7 +134,7 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
 _WRAPPED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\$+((?:[^$\\]|\\.)*)\$+"
                       r"|\\(?:text|f?box(?:ed)?|math(?:bf|sf|it|tt))\s*\{(.*)\}|\{(.*)\}",
                       re.DOTALL)
-_THIN = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?: ?\\[,;:] ?[0-9]{3})+(?![0-9])")
+_THIN = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?: ?\\[,;:] ?[0-9]{3})+(?![0-9])")
 _SPACES = re.compile(r"(\\\\)|\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s|\\$")   # \\ ends a row
 # A space beside a character that is no letter or digit separates nothing; "1, 234" is not 1,234.
 _NEEDLESS = re.compile(r" (?=[^\w.,])|(?<=[^\w.,]) |(?<=[^0-9.,],) ")
@@ -198,7 +202,12 @@ def _balanced(text: str) -> bool:
 
 
 def _split(text: str, separator: str) -> list[tuple[str, str]]:
-    """(separator before it, text) of each part, at separators that stand in no brackets."""
+    """(separator before it, text) of each part, at separators that stand in no brackets.
+
+    Commas without a space part thousands if something else parts the answers: 1,234 and 5,678.
+    """
+    if "," in separator and re.search(rf",\s|{_AND}", text):
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     parts, depth, begin, before = [], 0, 0, ""
     for token in re.finditer(rf"\\[{{}}]|\\begin|\\end|[()\[\]{{}}]|{separator}", text):
         mark = token[0]
@@ -215,7 +224,7 @@ def _split(text: str, separator: str) -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------
 # Numbers and quantities
 
-_INT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_INT = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"   # 0,123 is no 123
 _DEC = rf"(?:{_INT}(?:\.[0-9]*)?|\.[0-9]+)"
 _TEN = r"10\s*\^\s*(?:\{\s*(?P<p>[+-]?[0-9]+)\s*\}|(?P<q>[+-]?[0-9]+)(?!\.[0-9]))"
 _NUMBERS = [re.compile(r"(?P<sign>[+-]?)\s*" + pattern) for pattern in (
@@ -336,6 +345,7 @@ _CHOICE = re.compile(
     re.ASCII)
 _WORDS = re.compile(r"[A-Za-z]+(?:'[a-z]+)?(?:[ -]+[A-Za-z]+(?:'[a-z]+)?)*")
 _MATRIX = re.compile(r"[(\[]?\s*\\begin\{([pbB]?)matrix\}(.*)\\end\{\1matrix\}\s*[)\]]?", re.DOTALL)
+_SYSTEM = re.compile(r"\\begin\{cases\}([^&]*)\\end\{cases\}")
 _AND = (r"(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\text\s*\{\s*,?\s*(?:and|or)\s*\}"
         r"|\\text\s*\{\s*,\s*\}")
 _AND_WITHIN = re.compile(r"\\text\s*\{([^{}]*[^{}\s,]),? +(and|or) *([^{}]*)\}")
@@ -360,6 +370,7 @@ def read(text: str) -> Shape | None:
     """The shape of an answer that `tidy` returned; None for what is not understood."""
     if not text or not _balanced(text):
         return None
+    text = re.sub(r"\\langle ([^()\[\]]*,[^()\[\]]*?)\s*\\rangle", r"(\1)", text)
     plain = plain_text(text)
     if letter := _LETTER.fullmatch(plain):
         return Words(letter[1], letter[1], letter[1] if letter[1] == text else "")
@@ -380,14 +391,20 @@ def read(text: str) -> Shape | None:
         return Words("dots" if "." in text or "dots" in text else "mathbb " + text.strip("}")[-1])
     if len(sets := _split(text, r"\\cup(?![a-zA-Z])")) > 1:
         return _parts("union", [each for _, each in sets])
+    if system := _SYSTEM.fullmatch(text):
+        rows = [row.strip(" ,") for row in system[1].split("\\\\") if row.strip()]
+        return _list([(",", row) for row in rows]) if all("=" in row for row in rows) else None
     if matrix := _MATRIX.fullmatch(text):
         rows = [row for row in matrix[2].split("\\\\") if row.strip()]
         return _all("matrix", [_parts("row", row.split("&")) for row in rows])
     if (inside := _bracketed(text)) is not None:
         return inside
     if "\\pm" in text or "\\mp" in text:
-        return _parts("list", [text.replace(r"\pm", "+").lstrip("+ "), text.replace(r"\pm", "-")]
+        both = _parts("list", [text.replace(r"\pm", "+").lstrip("+ "), text.replace(r"\pm", "-")]
                       ) if text.count(r"\pm") == 1 and r"\mp" not in text else None
+        return both and replace(both, by_sign=True)
+    if slashes := re.fullmatch("([0-9]{1,2})/([0-9]{1,2})/([0-9]{4})", plain):
+        return Form("date", ("month or day first", *map(int, slashes.groups())))
     return _words(text, plain) or _compound(plain) or quantity(text)
 
 
@@ -398,9 +415,10 @@ def _parts(brackets: str, texts: list[str]) -> Parts | None:
 def _all(brackets: str, parts: list) -> Parts | None:
     if None in parts:
         return None
-    if brackets in ("list", "or", "{}"):   # those that \pm has made
+    if brackets in ("list", "or", "{}"):
         parts = [each for part in parts for each in (
-            part.parts if isinstance(part, Parts) and part.brackets == "list" else [part])]
+            part.parts if isinstance(part, Parts) and part.brackets == "list" and part.by_sign
+            else [part])]
     return Parts(brackets, tuple(parts))
 
 
@@ -450,7 +468,7 @@ def _several(text: str) -> list[tuple[str, str]] | None:
     The commas of one number part thousands.
     """
     number = read_number(re.sub(r"^[^=]*=\s*", "", _CURRENCY.sub("", text, count=1)))
-    if number and read_unit(number[1]):
+    if number and (read_unit(number[1]) or re.fullmatch(r" ?\\(?:pi|sqrt)[^,;]*", number[1])):
         return None
     marks = ";" if len(_split(text, ";")) > 1 else ","
     found = _split(text, rf"{marks}|{_AND}")
@@ -468,10 +486,14 @@ def _list(found: list[tuple[str, str]]) -> Shape | None:
         return None
     names = [shape.name if isinstance(shape, Named) else None for shape in shapes]
     either = any("or" in mark for mark, _ in found[1:])
+    if len(set(filter(None, names))) > 1 and (len(set(names)) < len(names) or None in names):
+        return _solutions(shapes, names)
     if names[0] and (not any(names[1:]) or set(names) == {names[0]}):
         values = [shape.value if isinstance(shape, Named) else shape for shape in shapes]
         rays = not names[0].startswith("(") and all(
             isinstance(value, Parts) and len(value.brackets) == 2 for value in values)
+        if rays and either and any("and" in mark for mark, _ in found[1:]):
+            return None
         value = _all("union" if rays and either else "list", values)
         return Named(names[0], value)
     labelled = any(isinstance(shape, Named) or isinstance(shape, Quantity) and shape.unit
@@ -479,10 +501,20 @@ def _list(found: list[tuple[str, str]]) -> Shape | None:
     return _all("or" if either and labelled else "list", shapes)
 
 
+def _solutions(shapes: list[Any], names: list[str | None]) -> Parts | None:
+    """x = 2, y = 3 or x = 5, y = 7: a list of lists with the same names."""
+    count = len(set(names))
+    groups = [shapes[first:first + count] for first in range(0, len(shapes), count)]
+    if None in names or any({each.name for each in group} != set(names) for group in groups):
+        return None
+    return Parts("list", tuple(Parts("list", tuple(group)) for group in groups))
+
+
 def _relation(sides: list[str], signs: list[str]) -> Shape | None:
     names = [_name(side) for side in sides]
     if r"\approx" in signs:
-        return read(sides[1]) if not sides[0] and len(sides) == 2 else None
+        value = read(sides[1]) if len(sides) == 2 and (names[0] or not sides[0]) else None
+        return Named(names[0], value) if names[0] and value else value
     if not all(sides) or len(sides) > 3:
         return None
     if len(sides) == 3:
@@ -507,7 +539,9 @@ def _relation(sides: list[str], signs: list[str]) -> Shape | None:
         return None
     if sign in ("<", r"\le"):
         latex, sign = latex[::-1], _MIRROR[sign]
-    return Relation(sign, f"({latex[0]})-({latex[1]})")
+    value = read(right) if sign == "=" and not has_letters(latex[1]) else None
+    several = len(set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", left)))) > 1
+    return Relation(sign, f"({latex[0]})-({latex[1]})", value if several else None)
 
 
 def _between(sides: list[str], signs: list[str], name: str) -> Named | None:
@@ -532,7 +566,6 @@ def _name(text: str) -> str:
 
 
 def _bracketed(text: str) -> Shape | None:
-    text = re.sub(r"^\\langle (.*)\\rangle$", r"(\1)", text)
     pairs = {"(": ")]", "[": ")]", r"\{": (r"\}",)}
     opening = text[:2] if text.startswith("\\") else text[:1]
     closing = text[-2:] if text.endswith(r"\}") else text[-1:]

@@ -56,6 +56,10 @@ _NO_UNITS = set(
     "duodecimal exponent undefined without except until onward bn mn mil under above below till "
     "through larger smaller kilo mega square cube loss maximum minimum rest arcsec arccsc "
     "arccot det dim".split()) | {name.lower() for name in GREEK | FUNCTIONS - {"sec"}}
+_NUMERAL = re.compile(   # 3 elevenths, 5 billionths, 3 twos
+    r"[a-z]*illion(?:th)?s?|(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"
+    r"|(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)e?s")
 _FUNCTION = re.compile(r"(?:sin|cos|tan|log|ln|exp|sqrt)[a-z]{0,2}")
 _REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\\frac\s*\{\s*(\\text\s*\{[^{}]*\})\s*\}\s*\{\s*(\\text\s*\{[^{}]*\}\S*)\s*\}", r"\1/\2"),
@@ -115,7 +119,7 @@ def read_unit(text: str) -> tuple[str, int] | None:
 
 def _unit(word: str, written: bool, adjacent: bool) -> str | None:
     lower = word.lower()
-    if lower in _NO_UNITS or _FUNCTION.fullmatch(lower):
+    if lower in _NO_UNITS or _FUNCTION.fullmatch(lower) or _NUMERAL.fullmatch(lower):
         return None
     known = UNITS.get(word)
     if known is None and (len(word) > 3 or len(word) == 3 and word.isupper()):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
-from answers.expressions import has_letters
+from answers.expressions import THOUSANDS, has_letters
 from answers.reading import (
     Form,
     Named,
@@ -52,6 +52,9 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
         return None
     if isinstance(a, Quantity) and a.unit and (found := spaced_unit(answer)):   # 5 m for 5 meters
         b = found if found.unit == a.unit else b
+    if isinstance(a, Relation) and isinstance(b, Quantity):   # m + n = 5 for 5
+        return a.value is not None and same(a.value, b, algebra)
+    a, b = _unnumbered(a, b), _unnumbered(b, a)
     if isinstance(a, Named) != isinstance(b, Named) and not isinstance(a, Relation) and (
             not isinstance(b, Relation)):
         a, b = (shape.value if isinstance(shape, Named) else shape for shape in (a, b))
@@ -60,15 +63,20 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
             a, b = (each if isinstance(each, Parts) and each.brackets in ("{}", "list", "or")
                     else Parts("list", (each,)) for each in (a, b))
             break
-    return same(_unnumbered(a, b), _unnumbered(b, a), algebra)
+    return same(a, b, algebra)
+
+
+_ROOT = re.compile(r"([xyztrk]|\\lambda)_?[0-9]+")
 
 
 def _unnumbered(shape: Shape, other: Shape) -> Shape:
-    """x_1 = 2, x_2 = 3 as the values of x, if the other answer does not number them."""
+    """x_1 = 2, x_2 = 3 as the values of x, if the other answer does not number them.
+
+    Numbered roots have no order; a_1, a_2, the terms of a sequence, have one.
+    """
     parts = shape.parts if isinstance(shape, Parts) and shape.brackets == "list" else ()
-    numbered = [re.fullmatch("([^_0-9]+)_?[0-9]+", part.name) if isinstance(part, Named) else None
-                for part in parts]
-    names = {match and match[1] for match in numbered}
+    numbered = [_ROOT.fullmatch(part.name) if isinstance(part, Named) else None for part in parts]
+    names = {match[1] if match else None for match in numbered}
     values = other.value if isinstance(other, Named) and other.name in names else other
     if len(names) != 1 or None in names or len({part.name for part in parts}) < len(parts) or (
             not isinstance(values, Parts) or values.brackets not in ("list", "{}")) or any(
@@ -85,6 +93,10 @@ def _read_as(a: Shape | None, given: str, b: Shape) -> Shape | None:
         texts = given.split(",")
         parts = [read(text) for text in texts if text == "0" or not text.startswith("0")]
         return Parts("list", tuple(parts)) if len(parts) == len(texts) and None not in parts else a
+    if isinstance(a, Parts) and isinstance(b, Parts) and len(a.parts) < len(b.parts):
+        again = read(THOUSANDS.sub(lambda match: match[0].replace(",", ", "), given))
+        if isinstance(again, Parts) and len(again.parts) == len(b.parts):   # 100,200 and 300
+            return again
     if isinstance(a, Form) and a.kind == "time" and isinstance(b, Form) and b.kind == "ratio" and (
             a.parts[2] is None and not a.parts[3]):   # 10:15 for 2:3
         return Form("ratio", tuple(Quantity(str(part), Fraction(part)) for part in a.parts[:2]))
@@ -112,10 +124,9 @@ def same(a: Any, b: Any, algebra: Algebra) -> bool | None:
         return _same_form(a, b, algebra)
     if isinstance(a, Words) and isinstance(b, Words):
         # xE is not xe, nor Mg mg, but Red is red, and XIV is xiv.
-        mixed = any(word.product and (
-            len(word.text) == 2 or not re.search("[aeiouy]", word.text) or not (
-                word.written.istitle() or word.written.islower() or word.written.isupper()))
-            for word in (a, b))
+        mixed = any(word.product and not (
+            word.written.islower() or word.written.isupper()
+            or word.written.istitle() and re.search("[aeiouy]", word.text)) for word in (a, b))
         return a.text == b.text and (not mixed or a.written == b.written)
     for one, other in ((a, b), (b, a)):
         if isinstance(one, Words) and isinstance(other, Quantity):
@@ -178,10 +189,8 @@ def _same_named(a: Any, b: Any, algebra: Algebra) -> bool | None:
         if x is None or y is None or x.sign != y.sign:
             return False
         return algebra(x.text, y.text, x.sign)
-    for one, other in ((a, b), (b, a)):
-        if isinstance(one, Relation):   # m + n = 5 is 5
-            return isinstance(other, Quantity) and one.value is not None and same(
-                one.value, other, algebra)
+    if isinstance(a, Relation) or isinstance(b, Relation):
+        return False
     a, b = (shape.value if isinstance(shape, Named) else shape for shape in (a, b))
     return same(a, b, algebra)
 

@@ -33,16 +33,12 @@ _TOKEN = re.compile(
     r"|(?P<command>\\(?:frac|sqrt|binom|pi|cdot|times|div|[lr](?:floor|ceil|vert))(?![a-zA-Z]))"
     rf"|(?P<symbol>{SYMBOL})|(?P<sign>[-+*/^_(){{}}\[\]|!]))")
 _WORD = re.compile(r"[a-zA-Z]{4}|(?<![a-zA-Z])(?:ln|lg|log|exp|sin|cos|tan|pi)[a-zA-Z]"
-                   r"|(?<![_^])[a-zA-Z][0-9]")   # CO2 is not C2O
-_INVERSE = r"\s*\^\s*\{?\s*(?:-1|T|\\top)(?![0-9])\s*\}?"
-_ORDERED = re.compile(   # A^{-1}B is not BA^{-1}
-    r"\\(?:vec|mathbf|hat|overrightarrow)(?![a-zA-Z]).*\\times"
-    rf"|(?<![a-zA-Z\\])[A-Z](?:{_INVERSE}\s*[A-Z]|\s*[A-Z]{_INVERSE})")
+                   r"|(?<![_^])[a-zA-Z](?![0-9.]+\s*\^)[0-9]")   # CO2 is not C2O
 _DERIVATIVE = re.compile(   # \\frac{dy}{dx} is no fraction of products
     r"\\frac\s*\{\s*(?:d|\\Delta|\\partial)(?![a-zA-Z]{3})[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
     r"\s*\{\s*(?:d|\\Delta|\\partial)\s*[a-zA-Z\\]")
 _FUNCTIONAL = re.compile(r"f|\\(?:Gamma|zeta|phi|varphi)|.*'")   # f(2x) is not 2f(x)
-THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
+THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil",
             r"\lvert": r"\rvert"}
 _DEGREE = r"\cdot\frac{\pi}{180}"
@@ -63,8 +59,8 @@ def rewrite(text: str) -> str | None:
     """The expression, written in one way; None for what is not understood."""
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.replace("**", "^"))
     text = _PLAIN.sub(r"\\\1", text)
-    if _WORD.search(re.sub(r"\\[a-zA-Z]+|_\s*\{[^{}]*\}", " ", text)) or (
-            _DERIVATIVE.search(text) or _ORDERED.search(text)):
+    bare = re.sub(r"\\(?:frac|binom) ?[a-zA-Z](?=[0-9])|\\[a-zA-Z]+|_\s*\{[^{}]*\}", " ", text)
+    if _WORD.search(bare) or _DERIVATIVE.search(text):
         return None
     tokens, place = [], 0
     while place < len(text.rstrip()):
@@ -99,8 +95,10 @@ def _items(tokens: list, closing: str) -> list[_Item]:
                 raise _Unclear
             items.append(_Item("number", _number(text)))
         elif kind == "symbol":
-            called = len(tokens) > 2 and tokens[-3][1] == ")" and tokens[-2][0] in (
-                "symbol", "number")   # s(t) is not st
+            # s(t) is not st, but a(2)^n is a product.
+            called = len(tokens) > 2 and tokens[-3][1] == ")" and (
+                tokens[-2][0] == "symbol" or tokens[-2][0] == "number" and (
+                    len(tokens) < 4 or tokens[-4][1] != "^"))
             if tokens and tokens[-1][1] == "(" and (called or _FUNCTIONAL.fullmatch(text)):
                 tokens.pop()
                 text += f"({_join(_items(tokens, ')'))})"
@@ -261,8 +259,8 @@ def _apply_functions(items: list[_Item]) -> list[_Item]:
     done: list[_Item] = []
     for item in reversed(items):
         if item.kind == "function":
-            bracket = bool(done) and done[0].text.startswith("(") and done[0].kind != "symbol" and (
-                not done[0].text.startswith("(q_"))
+            bracket = bool(done) and done[0].text.startswith("(") and done[0].kind not in (
+                "symbol", "factorial") and (not done[0].text.startswith("(q_"))
             end = next((i for i, each in enumerate(done) if each.kind in ("sign", "call") or i and (
                 each.text.startswith("e^") or each.kind == "group" and each.text[0] == "(")),
                        len(done))

@@ -125,7 +125,7 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
     # Degrees and percent
     (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|(?<=[0-9])\s*\\circ(?![a-zA-Z])"
      r"|\^?\s*\\(?:degrees?|deg)(?![a-zA-Z])|\\textdegree", r"^\\circ "),
-    (r"\\pmod ?\{ ?([0-9]+) ?\}", r"\\pmod \1"), (r"(?<=[a-zA-Z])_([0-9]{2,})", r"_{\1}"),
+    (r"\\pmod ?\{ ?([0-9]+) ?\}", r"\\pmod \1"), (r"(?<=[a-zA-Z])(?<!log)_([0-9]{2,})", r"_{\1}"),
     (r"\\lbrace(?![a-zA-Z])", r"\\{"), (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"(?<!\\)%", r"\\%"), (r"\\(?:bar|overline)(?![a-zA-Z])", r"\\overline"),
     (r"\\text\s*\{\s*\}", ""),
@@ -207,7 +207,7 @@ def _split(text: str, separator: str) -> list[tuple[str, str]]:
     Commas without a space part thousands if something else parts the answers: 1,234 and 5,678.
     """
     if "," in separator and re.search(rf",\s|{_AND}", text):
-        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+        separator = f"{THOUSANDS.pattern}|{separator}"
     parts, depth, begin, before = [], 0, 0, ""
     for token in re.finditer(rf"\\[{{}}]|\\begin|\\end|[()\[\]{{}}]|{separator}", text):
         mark = token[0]
@@ -215,7 +215,7 @@ def _split(text: str, separator: str) -> list[tuple[str, str]]:
             depth += 1
         elif mark in (")", "]", "}", "\\}", "\\end"):
             depth -= 1
-        elif depth == 0:
+        elif depth == 0 and not mark[0].isdigit():
             parts.append((before, text[begin:token.start()].strip()))
             before, begin = mark, token.end()
     return [*parts, (before, text[begin:].strip())]
@@ -393,7 +393,9 @@ def read(text: str) -> Shape | None:
         return _parts("union", [each for _, each in sets])
     if system := _SYSTEM.fullmatch(text):
         rows = [row.strip(" ,") for row in system[1].split("\\\\") if row.strip()]
-        return _list([(",", row) for row in rows]) if all("=" in row for row in rows) else None
+        found = [(",", row) for row in rows] if all("=" in row for row in rows) else []
+        names = [row.partition("=")[0].strip() for row in rows]
+        return _list(found) if len(set(names)) == len(names) else None
     if matrix := _MATRIX.fullmatch(text):
         rows = [row for row in matrix[2].split("\\\\") if row.strip()]
         return _all("matrix", [_parts("row", row.split("&")) for row in rows])
@@ -468,7 +470,7 @@ def _several(text: str) -> list[tuple[str, str]] | None:
     The commas of one number part thousands.
     """
     number = read_number(re.sub(r"^[^=]*=\s*", "", _CURRENCY.sub("", text, count=1)))
-    if number and (read_unit(number[1]) or re.fullmatch(r" ?\\(?:pi|sqrt)[^,;]*", number[1])):
+    if number and read_unit(number[1]):
         return None
     marks = ";" if len(_split(text, ";")) > 1 else ","
     found = _split(text, rf"{marks}|{_AND}")
@@ -486,8 +488,13 @@ def _list(found: list[tuple[str, str]]) -> Shape | None:
         return None
     names = [shape.name if isinstance(shape, Named) else None for shape in shapes]
     either = any("or" in mark for mark, _ in found[1:])
-    if len(set(filter(None, names))) > 1 and (len(set(names)) < len(names) or None in names):
-        return _solutions(shapes, names)
+    several = len(set(filter(None, names))) > 1
+    if several and None not in names and len(set(names)) < len(names):
+        solutions = _solutions(shapes, names, [mark for mark, _ in found])
+        if solutions or either:
+            return solutions
+    elif several and any(not isinstance(shape, (Named, Relation)) for shape in shapes):
+        return None   # x = 1, 2, y = 3
     if names[0] and (not any(names[1:]) or set(names) == {names[0]}):
         values = [shape.value if isinstance(shape, Named) else shape for shape in shapes]
         rays = not names[0].startswith("(") and all(
@@ -501,11 +508,12 @@ def _list(found: list[tuple[str, str]]) -> Shape | None:
     return _all("or" if either and labelled else "list", shapes)
 
 
-def _solutions(shapes: list[Any], names: list[str | None]) -> Parts | None:
-    """x = 2, y = 3 or x = 5, y = 7: a list of lists with the same names."""
+def _solutions(shapes: list[Any], names: list[str | None], marks: list[str]) -> Parts | None:
+    """x = 2, y = 3 or x = 5, y = 7: a list of lists with the same names; None if it is none."""
     count = len(set(names))
     groups = [shapes[first:first + count] for first in range(0, len(shapes), count)]
-    if None in names or any({each.name for each in group} != set(names) for group in groups):
+    if any({each.name for each in group} != set(names) for group in groups) or any(
+            "or" in mark for i, mark in enumerate(marks) if i % count):
         return None
     return Parts("list", tuple(Parts("list", tuple(group)) for group in groups))
 
@@ -514,7 +522,10 @@ def _relation(sides: list[str], signs: list[str]) -> Shape | None:
     names = [_name(side) for side in sides]
     if r"\approx" in signs:
         value = read(sides[1]) if len(sides) == 2 and (names[0] or not sides[0]) else None
-        return Named(names[0], value) if names[0] and value else value
+        if names[0]:
+            plain = isinstance(value, Quantity) and not has_letters(value.text)
+            return Named(names[0], value) if plain else None
+        return value
     if not all(sides) or len(sides) > 3:
         return None
     if len(sides) == 3:
@@ -540,8 +551,9 @@ def _relation(sides: list[str], signs: list[str]) -> Shape | None:
     if sign in ("<", r"\le"):
         latex, sign = latex[::-1], _MIRROR[sign]
     value = read(right) if sign == "=" and not has_letters(latex[1]) else None
-    several = len(set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", left)))) > 1
-    return Relation(sign, f"({latex[0]})-({latex[1]})", value if several else None)
+    letters = set(re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+|_\{[^{}]*\}|_.", "", left)))
+    known = len(letters - {"e", "i"}) > 1 and isinstance(value, Quantity) and value.value != 0
+    return Relation(sign, f"({latex[0]})-({latex[1]})", value if known else None)
 
 
 def _between(sides: list[str], signs: list[str], name: str) -> Named | None:

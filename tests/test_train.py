@@ -474,7 +474,7 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
 
 
 def test_a_step_of_which_one_update_is_finite_is_no_skipped_step(tmp_path, monkeypatch, capsys):
-    run = prepare(tmp_path / "run", "--max-skipped", "1", "--mini-batch-size", "2",
+    run = prepare(tmp_path / "run", "--max-skipped", "1", "--mini-batch-size", "2", "--steps", "2",
                   "--checkpoint-every", "0", "--eval-every", "0")
     before = [p.detach().clone() for p in run.model.parameters()]
     icpo_loss, calls = icpo.icpo_loss, []
@@ -486,7 +486,7 @@ def test_a_step_of_which_one_update_is_finite_is_no_skipped_step(tmp_path, monke
 
     monkeypatch.setattr(icpo, "icpo_loss", loss)
     trainer.train(run)
-    assert [row["skipped_updates"] for row in metrics_of(tmp_path / "run")] == [1, 1, 1, 1]
+    assert [row["skipped_updates"] for row in metrics_of(tmp_path / "run")] == [1, 1]
     assert any((p != old).any() for p, old in zip(run.model.parameters(), before))
     assert "no step changed the model" not in capsys.readouterr().out
 

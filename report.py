@@ -164,7 +164,7 @@ def write_rows(run: "Run", batch: "Batch", metrics: dict) -> None:
 
 
 def unchanged(o: "TrainingOptions", metrics: dict) -> bool:
-    """Whether no update of a step, of those with its mini-batches, changed the weights."""
+    """Whether a step left the weights alone: no loss and gradient of its updates was finite."""
     return metrics["skipped_updates"] == o.batch_size // o.mini_batch_size
 
 

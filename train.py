@@ -322,7 +322,7 @@ def train(run: Run) -> None:
                 best = report.keep_best(run, accuracies[-1], best)
             report.write_rows(run, batch, metrics | before)
             report.show(bar, metrics, accuracies)
-            skipped = skipped + 1 if report.unchanged(o, metrics) else 0   # by this step
+            skipped = skipped + 1 if report.unchanged(o, metrics) else 0
             if skipped == o.max_skipped:
                 raise runs.NotFinite(skipped, run.folder)
             # The signal may have reached one process alone.

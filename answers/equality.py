@@ -93,7 +93,8 @@ def _read_as(a: Shape | None, given: str, b: Shape) -> Shape | None:
         texts = given.split(",")
         parts = [read(text) for text in texts if text == "0" or not text.startswith("0")]
         return Parts("list", tuple(parts)) if len(parts) == len(texts) and None not in parts else a
-    if isinstance(a, Parts) and isinstance(b, Parts) and len(a.parts) < len(b.parts):
+    if isinstance(a, Parts) and isinstance(b, Parts) and len(a.parts) < len(b.parts) and (
+            ",0" not in given):   # 1,000 and 2 is not 1, 0, 2
         again = read(THOUSANDS.sub(lambda match: match[0].replace(",", ", "), given))
         if isinstance(again, Parts) and len(again.parts) == len(b.parts):   # 100,200 and 300
             return again

@@ -38,7 +38,8 @@ _DERIVATIVE = re.compile(   # \\frac{dy}{dx} is no fraction of products
     r"\\frac\s*\{\s*(?:d|\\Delta|\\partial)(?![a-zA-Z]{3})[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
     r"\s*\{\s*(?:d|\\Delta|\\partial)\s*[a-zA-Z\\]")
 _FUNCTIONAL = re.compile(r"f|\\(?:Gamma|zeta|phi|varphi)|.*'")   # f(2x) is not 2f(x)
-THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+GROUPED = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+"   # 1,234; 0,123 is no 123
+THOUSANDS = re.compile(rf"(?<![0-9.,]){GROUPED}(?![0-9]|,[0-9])")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil",
             r"\lvert": r"\rvert"}
 _DEGREE = r"\cdot\frac{\pi}{180}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from answers.expressions import FUNCTIONS, SYMBOL, THOUSANDS, has_letters, rewrite
+from answers.expressions import FUNCTIONS, GROUPED, SYMBOL, THOUSANDS, has_letters, rewrite
 from answers.units import UNITS, read_unit
 
 # --------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def _split(text: str, separator: str) -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------
 # Numbers and quantities
 
-_INT = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"   # 0,123 is no 123
+_INT = rf"(?:{GROUPED}(?![0-9])|[0-9]+)"
 _DEC = rf"(?:{_INT}(?:\.[0-9]*)?|\.[0-9]+)"
 _TEN = r"10\s*\^\s*(?:\{\s*(?P<p>[+-]?[0-9]+)\s*\}|(?P<q>[+-]?[0-9]+)(?!\.[0-9]))"
 _NUMBERS = [re.compile(r"(?P<sign>[+-]?)\s*" + pattern) for pattern in (
@@ -393,9 +393,8 @@ def read(text: str) -> Shape | None:
         return _parts("union", [each for _, each in sets])
     if system := _SYSTEM.fullmatch(text):
         rows = [row.strip(" ,") for row in system[1].split("\\\\") if row.strip()]
-        found = [(",", row) for row in rows] if all("=" in row for row in rows) else []
-        names = [row.partition("=")[0].strip() for row in rows]
-        return _list(found) if len(set(names)) == len(names) else None
+        names = {row.partition("=")[0].strip() for row in rows if "=" in row}
+        return _list([(",", row) for row in rows]) if len(names) == len(rows) else None
     if matrix := _MATRIX.fullmatch(text):
         rows = [row for row in matrix[2].split("\\\\") if row.strip()]
         return _all("matrix", [_parts("row", row.split("&")) for row in rows])

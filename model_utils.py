@@ -181,6 +181,7 @@ class CachedLayer(NamedTuple):
     written: tuple                # index of the new positions
     read: tuple                   # index of what is attended to, if `bias` says what is visible
     bias: torch.Tensor | None     # [B, 1, 1 or G·T, span]: 0 or -inf; None: the slots were empty
+    attention: Callable           # `cached_attention` of the model
 
     def attend(self, q, k, v):
         self.keys[self.written], self.values[self.written] = k.transpose(1, 2), v.transpose(1, 2)
@@ -189,8 +190,7 @@ class CachedLayer(NamedTuple):
         # Folds the G query heads that share a key-value head into the query dimension.
         B, H, T, E = q.shape
         q = q.reshape(B, k.shape[1], -1, E)                                       # [B, K, G·T, E]
-        out = F.scaled_dot_product_attention(q, self.keys[self.read], self.values[self.read],
-                                             attn_mask=self.bias)                 # [B, K, G·T, E]
+        out = self.attention(q, self.keys[self.read], self.values[self.read], self.bias)
         # A kernel of CUDA gives the result with the heads behind the queries.
         return out.reshape(B, H, T, E).transpose(1, 2)
 
@@ -331,6 +331,10 @@ class Transformer(nn.Module):
         """[..., D] -> [..., V], in float32 or the model's dtype, whichever is wider."""
         return head_product(self.head)(hidden)
 
+    def cached_attention(self, q, keys, values, bias) -> torch.Tensor:
+        """q [B, K, N, E], keys and values [B, K, S, E], bias as of CachedLayer -> [B, K, N, E]."""
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+
     def forward(self, tokens, targets=None, *, temperature: float = 1.0, mask=None,
                 chunk_size: int = LOGITS_CHUNK, entropy_gradient: bool = False):
         """All uses with gradient go through `forward`, so that FSDP's hooks run in each.
@@ -380,7 +384,7 @@ class Transformer(nn.Module):
         # No prompt reaches the last position of its slot, so padding may be written there.
         written = (rows[:, None], slice(None), positions.clamp(max=cache.size - 1))
         return self._hidden(tokens, positions, lambda layer: CachedLayer(
-            cache.keys[layer], cache.values[layer], written, read, bias))
+            cache.keys[layer], cache.values[layer], written, read, bias, self.cached_attention))
 
     def _hidden(self, tokens, positions, layout_of: Callable[[int], Any]):
         """tokens [B, T], positions [B or 1, T] -> hidden states after the last norm [B, T, D].

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from machine import bucket, free_memory, make_capture, merged_products
+from machine import bucket, faster_sampling, free_memory, make_capture
 from memory import PREFILL_POSITIONS, bytes_per_slot, choose_slots
 from model_utils import KVCache, ModelConfig, Transformer
 from sampling import sample, stream_key, uniform
@@ -120,7 +120,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, n: int | Sequence[
     try:
         usable = min(sampler.slots, len(waiting))
         # A compiled step keeps the addresses of the weights, so they must not move.
-        products = contextlib.nullcontext() if sampler.compiled else merged_products(model)
+        products = contextlib.nullcontext() if sampler.compiled else faster_sampling(model)
         with products, torch.inference_mode():
             sampler.prepare(model, settings, usable, longest)
             while waiting or len(ended) < len(running):

@@ -9,9 +9,9 @@ The task is chain_sum of reasoning-gym: sums and differences of four to six numb
 The script makes the problems with worked solutions; measures the model with 0, 1, 2 and 4
 demonstrations in its context, drawn anew for each problem; trains the systems; and asks each
 trained model the held-out problems, longer ones of seven or eight numbers, and the equations of
-simple_equations, without demonstrations. One process runs at a time, with all cores or a GPU.
-Finished work is skipped and stopped work resumed. The output folder holds the problems, the runs,
-results.md, written after each run, and the pictures.
+simple_equations, without demonstrations. One process runs at a time, with all cores or a GPU, or
+several that share a GPU (--processes). Finished work is skipped and stopped work resumed. The
+output folder holds the problems, the runs, results.md, written after each run, and the pictures.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -60,6 +61,9 @@ LIMIT = "--max-new-tokens 200"   # A lower one cuts off plain answers of the rea
 TRAIN = (f"{LIMIT} --num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
          "--micro-batch-tokens 2048 --eval-every 5 --checkpoint-every 5 --keep-checkpoints 1 "
          "--keep-best false")
+# Processes that share a GPU cannot each choose by the memory that is free when they start.
+SHARED = {"train.py": "--slots 72 --recompute-activations all", "eval.py": "--slots 72"}
+REPORTING = threading.Lock()   # matplotlib draws in one thread at a time.
 SYSTEMS = {"GRPO": "--method grpo", "LUFFY": "--method luffy", "ICPO": "--method icpo",
            "ICPO†": "--method icpo-rs", "ICPO, λ = 0.1": "--method icpo --shaping-lambda 0.1"}
 PANELS = [("eval_accuracy", "Held-out accuracy, 0 shots", "share right"),
@@ -137,7 +141,8 @@ def ask(o, model: Path | str, sets: list[str], output: Path, *options: str) -> N
         run(["eval.py", "--model", str(model), "--data",
              *(str(o.data / f"{name}.jsonl") for name in sets), "--demonstrations",
              str(o.data / "demonstrations.jsonl"), *LIMIT.split(), "--dtype", o.dtype, "--output",
-             str(output), *options], beside(output, "log"), o.environment)
+             str(output), *options, *o.shared["eval.py"].split()],
+            beside(output, "log"), o.environment)
 
 
 def screen(o, demo_format: str | None) -> None:
@@ -165,11 +170,13 @@ def finish(o, name: str, seed: int) -> None:
                  "--dtype", o.dtype, "--train-data", str(o.data / "train.jsonl"), "--test-data",
                  str(o.data / "held-out.jsonl"), "--demonstrations",
                  str(o.data / "demonstrations.jsonl"), "--seed", str(seed), "--output-dir",
-                 str(folder), "--resume"], beside(folder, "log"), o.environment)
+                 str(folder), "--resume", *o.shared["train.py"].split()],
+                beside(folder, "log"), o.environment)
         if (folder / "final").is_dir():   # If it is missing, a signal has stopped train.py.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # They are large.
             ask(o, folder, list(ASKED), folder / "after.jsonl", "--shots", "0")
-            report(o)
+            with REPORTING:
+                report(o)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,6 +346,8 @@ def main() -> None:
         "ICPO†)")
     add("--seeds", type=int, help="runs of each system (default: 3, with --quick 1)")
     add("--steps", type=int, help="training steps of each run (default: 20, with --quick 2)")
+    add("--processes", type=int, default=1, help="runs at the same time, which share the cores and "
+        "the GPU; five of the default model fit into 80 GB of a GPU (default: %(default)s)")
     add("--learning-rate", type=float, default=5e-6, help="of the training (default: %(default)s)")
     add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="forms of the prompt "
         "with demonstrations to screen; the systems are trained with the first (default: turns)")
@@ -354,7 +363,8 @@ def main() -> None:
     o.data, o.model = o.output_dir / "data", absolute(o.model)
     o.dtype = o.dtype or fast_dtype()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    o.environment = {"OMP_NUM_THREADS": str(cores)}
+    o.environment = {"OMP_NUM_THREADS": str(max(cores // o.processes, 1))}
+    o.shared = SHARED if o.processes > 1 else dict.fromkeys(SHARED, "")
     try:
         if o.report:
             about = o.output_dir / "settings.json"
@@ -374,7 +384,7 @@ def main() -> None:
         parser.error(str(error))
     failed, tasks = [], {}
     if not o.report:
-        with stoppable_pool(1) as pool:
+        with stoppable_pool(o.processes) as pool:
             tasks = {"before training": pool.submit(screen, o, None)}
             tasks |= {f"demonstrations as {form}": pool.submit(screen, o, form)
                       for form in o.demo_format}

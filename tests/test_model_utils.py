@@ -1,5 +1,6 @@
 """Compares the Transformer with transformers' models, and tests reading and writing of folders."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -34,7 +35,7 @@ from transformers import (
 import machine
 import model_utils
 from distributed import gather_model, wrap_blocks
-from machine import merged_products
+from machine import faster_sampling
 from model_utils import (
     KVCache,
     ModelConfig,
@@ -470,7 +471,7 @@ def test_bfloat16_logits_are_not_rounded(device):
     del exact[:]
     hook.remove()
     assert sampler.prompt_logits.dtype == torch.float32
-    with torch.inference_mode(), merged_products(model):
+    with torch.inference_mode(), faster_sampling(model):
         cache = KVCache(model.config, 1, 16, device, torch.bfloat16)
         hidden = model.extend(tokens[:1], cache)[:, -1]
         first = hidden.double() @ model.head.double().T
@@ -732,11 +733,13 @@ def test_reordered_weights_compute_the_same_and_are_restored(dtype, close, tied,
     linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     replaced = lambda: {(type(module).__name__, name) for module in model.modules()
                         for name, value in vars(module).items() if callable(value)
-                        and name in ("project", "gate_and_up", "forward", "logits")}
-    with torch.inference_mode(inference), pytest.raises(KeyboardInterrupt), merged_products(model):
+                        and name in ("project", "gate_and_up", "forward", "logits",
+                                     "cached_attention")}
+    with torch.inference_mode(inference), pytest.raises(KeyboardInterrupt), faster_sampling(model):
         assert all(module.weight.numel() == 0 for module in linears)
         assert replaced() == {("Attention", "project"), ("MLP", "gate_and_up"),
-                              ("Linear", "forward"), ("Transformer", "logits")}
+                              ("Linear", "forward"), ("Transformer", "logits")} | (
+            {("Transformer", "cached_attention")} if dtype == torch.float32 else set())
         cache = KVCache(model.config, 3, 7, "cpu", dtype)
         with torch.no_grad():
             assert_close(model.logits(model.extend(tokens, cache)), whole, rtol=close, atol=close)
@@ -762,16 +765,17 @@ def test_an_interrupt_while_products_are_merged_loses_no_weights(call, monkeypat
 
     before = [parameter.detach().clone() for parameter in model.parameters()]
     monkeypatch.setattr(machine, "_product", interrupted)
-    with pytest.raises(KeyboardInterrupt), merged_products(model):
+    with pytest.raises(KeyboardInterrupt), faster_sampling(model):
         raise KeyboardInterrupt
     assert all(map(torch.equal, model.parameters(), before))
-    assert not {"project", "gate_and_up", "forward", "logits"} & {
+    assert not {"project", "gate_and_up", "forward", "logits", "cached_attention"} & {
         name for module in model.modules() for name in vars(module)}
 
 
+@pytest.mark.parametrize("faster", [False, True])
 @pytest.mark.parametrize("span", [None, 9])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_extending_a_cache_in_parts_equals_one_pass(family, span):
+def test_extending_a_cache_in_parts_equals_one_pass(family, span, faster):
     """Three sequences in scattered cache slots get a padded prefill, then more tokens, and then,
     moved to the first slots, one token at a time."""
     model = make_model(family=family)
@@ -780,6 +784,8 @@ def test_extending_a_cache_in_parts_equals_one_pass(family, span):
     cache = KVCache(model.config, 5, 12, "cpu", torch.float32)
     with torch.inference_mode():
         whole = model(torch.stack(sequences))   # [3, 9, V]
+    sampling = faster_sampling(model) if faster else contextlib.nullcontext()
+    with torch.inference_mode(), sampling:
         first, second = [2, 5, 3], [7, 8, 4]   # the parts end here; part 2 of row 2 is 1 token
         slots = torch.tensor([2, 0, 4])
         width = max(first)

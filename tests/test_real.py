@@ -111,7 +111,8 @@ def test_the_type_follows_from_the_processor(monkeypatch, able, dtype):
 def test_finished_work_is_skipped_and_stopped_work_resumes(tmp_path, monkeypatch):
     calls = []
     o = argparse.Namespace(output_dir=tmp_path, data=tmp_path / "data", model="M", dtype="float32",
-                           train="--steps 2", environment={}, settings={})
+                           train="--steps 2", environment={}, settings={},
+                           shared=dict.fromkeys(real.SHARED, ""))
     folder = real.folder_of(o, "ICPO", 1)
 
     def run(command, log, environment):
@@ -217,15 +218,16 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
 
     def run(command, log, environment):
         calls.append(command[0])
+        assert command[-2:] == ["--slots", "72"] or command[-1] == "all"   # what processes share
         done = processes.run(*command, check=False)
         assert not done.returncode, done.stderr
 
     monkeypatch.setattr(real, "run", run)
     arguments = ["real.py", "--model", "tiny", "--quick", "--steps", "1", "--dtype", "float32",
                  "--output-dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--systems", "LUFFY", "ICPO"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--processes", "2", "--systems", "LUFFY", "ICPO"])
     real.main()
-    assert calls == ["eval.py"] * 2 + ["train.py", "eval.py"] * 2
+    assert sorted(calls) == ["eval.py"] * 4 + ["train.py"] * 2
     text = (tmp_path / "out" / "results.md").read_text()
     assert text in capsys.readouterr().out
     assert re.findall(r"^\| (\d) \| (\S+) \| 8 \|", text, re.M) == [

@@ -3,15 +3,18 @@
     pip install -r benchmarks/requirements-real.txt           # reasoning-gym
     python benchmarks/real.py --systems GRPO ICPO --seeds 3   # more of either can follow later
     python benchmarks/real.py --systems --demo-format turns one-turn text   # no training
+    python benchmarks/real.py --task bases                    # another task
     python benchmarks/real.py --report                        # results.md of what is finished
 
-The task is chain_sum of reasoning-gym: sums and differences of four to six numbers of one digit.
+The tasks are of reasoning-gym. `sums` is chain_sum: sums and differences of four to six numbers of
+one digit. `bases` is base_conversion: numbers from 4 to 63 from another base to base 10.
 The script makes the problems with worked solutions; measures the model with 0, 1, 2 and 4
 demonstrations in its context, drawn anew for each problem; trains the systems; and asks each
-trained model the held-out problems, longer ones of seven or eight numbers, and the equations of
-simple_equations, without demonstrations. One process runs at a time, with all cores or a GPU, or
-several that share a GPU (--processes). Finished work is skipped and stopped work resumed. The
-output folder holds the problems, the runs, results.md, written after each run, and the pictures.
+trained model the held-out problems, longer ones (seven or eight numbers, or numbers from 64 to
+127), and the equations of simple_equations, without demonstrations. One process runs at a time,
+with all cores or a GPU, or several that share a GPU (--processes). Finished work is skipped and
+stopped work resumed. The output folder holds the problems, the runs, results.md, written after each
+run, and the pictures.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import sys
 import threading
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -46,19 +50,29 @@ from curves import draw_groups, read_metrics, series
 from files import append_lines
 from options import absolute
 
-SUM = {"min_digits": 1, "max_digits": 1}
-TRAINED, LONGER = {"min_terms": 4, "max_terms": 6} | SUM, {"min_terms": 7, "max_terms": 8} | SUM
+
+class Task(NamedTuple):
+    """A generator of reasoning-gym, with its configurations for two levels of difficulty."""
+    generator: str
+    trained: dict
+    longer: dict
+    about_longer: str
+    limit: int   # tokens of a response; a lower one cuts off many plain answers of the real model
+    train: int   # problems to train on; 8 are asked in a step
+    others: int  # problems of each other set
+
+
+SUM, BASES = {"min_digits": 1, "max_digits": 1}, {"min_base": 2, "max_base": 16}
+TASKS = {"sums": Task("chain_sum", {"min_terms": 4, "max_terms": 6} | SUM,
+                      {"min_terms": 7, "max_terms": 8} | SUM, "7 or 8 numbers", 200, 2048, 256),
+         "bases": Task("base_conversion", {"min_value": 4, "max_value": 63} | BASES,
+                       {"min_value": 64, "max_value": 127} | BASES, "64 to 127", 400, 384, 128)}
 EQUATIONS = {"min_terms": 2, "max_terms": 2, "min_value": 1, "max_value": 12}
-# Name: generator, its configuration, number of problems. 256 steps ask no problem twice.
-SETS = {"held-out": ("chain_sum", TRAINED, 256), "screen": ("chain_sum", TRAINED, 256),
-        "demonstrations": ("chain_sum", TRAINED, 256), "train": ("chain_sum", TRAINED, 2048),
-        "longer": ("chain_sum", LONGER, 256), "equations": ("simple_equations", EQUATIONS, 256)}
-ASKED = {"held-out": "held-out problems", "longer": "7 or 8 numbers",
-         "equations": "simple_equations"}
+SETS = ["held-out", "screen", "demonstrations", "train", "longer", "equations"]
+ASKED = ["held-out", "longer", "equations"]
 SHOTS = "1 2 4"   # beside 0
-LIMIT = "--max-new-tokens 200"   # A lower one cuts off plain answers of the real model.
 # Without a KL term there is no second model. With this micro-batch a 0.5 B model takes 18 GB.
-TRAIN = (f"{LIMIT} --num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
+TRAIN = ("--num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
          "--micro-batch-tokens 2048 --eval-every 5 --checkpoint-every 5 --keep-checkpoints 1 "
          "--keep-best false")
 # Processes that share a GPU cannot each choose by the memory that is free when they start.
@@ -82,8 +96,28 @@ STUDENT = {3: 4.303, 4: 3.182}   # 97.5 % points of Student's distribution for s
 # --------------------------------------------------------------------------------------------------
 # The problems
 
-def worked(expression: str) -> str:
-    """Returns the worked solution of a sum like "4 - 7 + 2", with every running sum."""
+def worked(problem: dict) -> str | None:
+    """Returns the worked solution of a problem of reasoning-gym with every intermediate result, or
+    None for a problem that is left out: a number that is not converted to base 10."""
+    about = problem["metadata"]
+    if "expression" in about:
+        return worked_sum(about["expression"])
+    if about["target_base"] == 10:
+        return worked_base(about["source_repr"], about["source_base"])
+
+
+def worked_base(digits: str, base: int) -> str:
+    """Returns how digits like "203" in base 4 are converted to base 10."""
+    places = [base ** (len(digits) - 1 - i) for i in range(len(digits))]
+    values = [int(digit, base) * place for digit, place in zip(digits, places, strict=True)]
+    products = (f"{int(d, base)}*{place}" for d, place in zip(digits, places, strict=True))
+    return (f"{' + '.join(products)} = "
+            f"{' + '.join(map(str, values))} = {sum(values)}. "
+            f"So the answer is \\boxed{{{sum(values)}}}.")
+
+
+def worked_sum(expression: str) -> str:
+    """Returns how a sum like "4 - 7 + 2" is computed."""
     first, *rest = expression.split()
     steps, total = [], int(first)
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
@@ -93,7 +127,7 @@ def worked(expression: str) -> str:
     return f"{', '.join(steps)}. So the answer is \\boxed{{{total}}}."
 
 
-def make_problems(name: str, count: int, taken: set[str]) -> list[dict]:
+def make_problems(task: Task, name: str, count: int, taken: set[str]) -> list[dict]:
     """Makes `count` problems of the set with this name, none of which is in `taken`, and adds their
     texts to it. Raises ValueError if reasoning-gym is not installed."""
     try:
@@ -101,17 +135,19 @@ def make_problems(name: str, count: int, taken: set[str]) -> list[dict]:
     except ImportError:
         raise ValueError("the problems are made by reasoning-gym: pip install -r "
                          "benchmarks/requirements-real.txt") from None
-    generator, config, _ = SETS[name]
+    generator = task.generator if name != "equations" else "simple_equations"
+    config = {"longer": task.longer, "equations": EQUATIONS}.get(name, task.trained)
     # Problem i of a data set depends on its seed plus i alone, so the seeds lie far apart.
-    first, rows = 1_000_000 * list(SETS).index(name), []
-    for problem in create_dataset(generator, seed=first, size=20 * count, **config):
+    first, rows = 1_000_000 * SETS.index(name), []
+    for problem in create_dataset(generator, seed=first, size=100 * count, **config):
         text = problem["question"].strip()
-        if text in taken:
+        solution = None if name == "equations" else worked(problem)
+        if text in taken or solution is None and name != "equations":
             continue
         taken.add(text)
         row = {"id": f"{name}-{len(rows)}", "problem": text, "answer": problem["answer"]}
-        if generator == "chain_sum":
-            row["solution"] = worked(problem["metadata"]["expression"])
+        if solution is not None:
+            row["solution"] = solution
         if name == "train":
             row["expert_response"] = row["solution"]
         rows.append(row)
@@ -120,15 +156,16 @@ def make_problems(name: str, count: int, taken: set[str]) -> list[dict]:
     return rows
 
 
-def write_problems(folder: Path, scale: int) -> None:
+def write_problems(folder: Path, task: Task, scale: int) -> None:
     """Writes NAME.jsonl for each of SETS, with 1/scale of the problems, unless they are there."""
     if folder.is_dir():
         return
     aside, taken = folder.with_name(f".{folder.name}.partial"), set()
     shutil.rmtree(aside, ignore_errors=True)   # A kill may have left it.
     aside.mkdir()
-    for name, (_, _, count) in SETS.items():
-        append_lines(aside / f"{name}.jsonl", make_problems(name, count // scale, taken))
+    for name in SETS:
+        count = (task.train if name == "train" else task.others) // scale
+        append_lines(aside / f"{name}.jsonl", make_problems(task, name, count, taken))
     aside.rename(folder)
 
 
@@ -140,8 +177,8 @@ def ask(o, model: Path | str, sets: list[str], output: Path, *options: str) -> N
     if not rows_of(output.with_suffix(".json")):
         run(["eval.py", "--model", str(model), "--data",
              *(str(o.data / f"{name}.jsonl") for name in sets), "--demonstrations",
-             str(o.data / "demonstrations.jsonl"), *LIMIT.split(), "--dtype", o.dtype, "--output",
-             str(output), *options, *o.shared["eval.py"].split()],
+             str(o.data / "demonstrations.jsonl"), "--max-new-tokens", str(o.limit), "--dtype",
+             o.dtype, "--output", str(output), *options, *o.shared["eval.py"].split()],
             beside(output, "log"), o.environment)
 
 
@@ -174,7 +211,7 @@ def finish(o, name: str, seed: int) -> None:
                 beside(folder, "log"), o.environment)
         if (folder / "final").is_dir():   # If it is missing, a signal has stopped train.py.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # They are large.
-            ask(o, folder, list(ASKED), folder / "after.jsonl", "--shots", "0")
+            ask(o, folder, ASKED, folder / "after.jsonl", "--shots", "0")
             with REPORTING:
                 report(o)
 
@@ -220,18 +257,19 @@ def screening_table(o) -> list[str]:
                 f"{100 * row['truncated']:.1f} |" for form, row in found)]
 
 
-def trained_table(before: dict[str, dict], done: dict[str, dict[int, dict]]) -> list[str]:
-    """Returns the lines of a Markdown table of the answers to ASKED. before: of the untrained
-    model, by set; done: {system: {seed: the same}}."""
-    lines = ["| system | seeds | " + " | ".join(f"{text}, % | tokens" for text in ASKED.values())
-             + " |", "|---" * (2 + 2 * len(ASKED)) + "|"]
+def trained_table(asked: dict[str, str], before: dict[str, dict],
+                  done: dict[str, dict[int, dict]]) -> list[str]:
+    """Returns the lines of a Markdown table of the answers to the sets `asked`, which are given
+    with their titles. before: of the untrained model, by set; done: {system: {seed: the same}}."""
+    lines = ["| system | seeds | " + " | ".join(f"{text}, % | tokens" for text in asked.values())
+             + " |", "|---" * (2 + 2 * len(asked)) + "|"]
     if before:
         lines.append("| before training | – | " + " | ".join(
             f"{shown(*(before[name][part] for part in ('accuracy', 'low', 'high')))} | "
-            f"{before[name]['tokens']:.1f}" for name in ASKED) + " |")
+            f"{before[name]['tokens']:.1f}" for name in asked) + " |")
     for system, runs in done.items():
         cells = []
-        for name in ASKED:
+        for name in asked:
             cells.append(right([each[name]["accuracy"] for each in runs.values()]))
             mean, low, high = over_seeds([each[name]["tokens"] for each in runs.values()])
             cells.append(f"{mean:.1f}" + f" ({low:.1f} to {high:.1f})" * bool(low == low))
@@ -273,6 +311,9 @@ def training_table(runs: dict[str, list[list[dict]]]) -> list[str]:
 def report(o) -> None:
     """Writes results.md and draws the pictures of the runs that are finished, whoever asked."""
     folders, metrics, done, clocks, unfinished = {}, {}, {}, [], []
+    task = o.settings.get("task", "sums")   # Folders of earlier versions do not name it.
+    titles = "held-out problems", TASKS[task].about_longer, "simple_equations"
+    asked = dict(zip(ASKED, titles, strict=True))
     words = o.settings["train"].split()
     wanted = int(words[words.index("--steps") + 1])
     for name in SYSTEMS:
@@ -289,21 +330,21 @@ def report(o) -> None:
                 unfinished.append(f"{name}, seed {seed} ({len(rows)} steps)")
     hours = sum(float(line) for file in clocks if file.is_file()
                 for line in file.read_text().split()) / 3600
-    lines = ["# chain_sum with a real model", "", f"`{json.dumps(o.settings)}`", "",
+    lines = [f"# The task {task} with a real model", "", f"`{json.dumps(o.settings)}`", "",
              "Intervals hold 95 %.", "", "## The model before training", "", *screening_table(o),
              "", "## After training", "",
              f"Answers without demonstrations. Intervals are over seeds: Student's for three or "
              f"four, bootstrap from five on, none for fewer; of the untrained model over problems. "
              f"The runs took {hours:.1f} hours."
              + f" Not finished: {'; '.join(unfinished)}." * bool(unfinished), ""]
-    lines += trained_table(by_set(o.output_dir / "before.json"), done)
+    lines += trained_table(asked, by_set(o.output_dir / "before.json"), done)
     if done:
         results = {named(name, runs): {seed: {part: row["accuracy"] for part, row in sets.items()}
                                        for seed, sets in runs.items()}
                    for name, runs in done.items()}
         if "GRPO" in done:
-            lines += ["", *differences(results, named("GRPO", done["GRPO"]), ASKED, over_seeds)]
-        draw_bars(results, ASKED, "After training", o.output_dir / "systems.png", over_seeds)
+            lines += ["", *differences(results, named("GRPO", done["GRPO"]), asked, over_seeds)]
+        draw_bars(results, asked, "After training", o.output_dir / "systems.png", over_seeds)
     if metrics:
         of_runs = {name: list(runs.values()) for name, runs in metrics.items()}
         draw_groups(of_runs, PANELS, o.output_dir / "curves.png")
@@ -337,8 +378,9 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     forms = ["turns", "one-turn", "text"]
-    add("--output-dir", type=Path, help="folder of problems, runs and results (default: runs/real, "
-        "or runs/real-quick with --quick)")
+    add("--output-dir", type=Path, help="folder of problems, runs and results (default: "
+        "runs/real-TASK, with --quick runs/real-TASK-quick)")
+    add("--task", choices=list(TASKS), default="sums", help="what to train (default: %(default)s)")
     add("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="Hugging Face folder or hub "
         "name (default: %(default)s)")
     add("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS)[:4],
@@ -358,7 +400,7 @@ def main() -> None:
         "few problems")
     o = parser.parse_args()
     o.seeds, o.steps = o.seeds or (1 if o.quick else 3), o.steps or (2 if o.quick else 20)
-    folder = "real-quick" if o.quick else "real"
+    folder = f"real-{o.task}" + "-quick" * o.quick
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
     o.data, o.model = o.output_dir / "data", absolute(o.model)
     o.dtype = o.dtype or fast_dtype()
@@ -373,13 +415,14 @@ def main() -> None:
                                  f"as --output-dir")
             o.settings = json.loads(about.read_text())
         else:
-            o.train = (f"{TRAIN} --demo-format {o.demo_format[0]} --learning-rate "
-                       f"{o.learning_rate:g} --steps {o.steps}")
+            o.limit = TASKS[o.task].limit
+            o.train = (f"--max-new-tokens {o.limit} {TRAIN} --demo-format {o.demo_format[0]} "
+                       f"--learning-rate {o.learning_rate:g} --steps {o.steps}")
             scale = 32 if o.quick else 1
-            o.settings = {"model": o.model, "dtype": o.dtype, "train": o.train,
+            o.settings = {"task": o.task, "model": o.model, "dtype": o.dtype, "train": o.train,
                           "share of the problems": f"1/{scale}"}
             _lock = claim(o.output_dir, o.settings)
-            write_problems(o.data, scale)
+            write_problems(o.data, TASKS[o.task], scale)
     except ValueError as error:
         parser.error(str(error))
     failed, tasks = [], {}

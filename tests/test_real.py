@@ -19,12 +19,18 @@ from files import read_lines
 from reward import extract_answer
 
 
-@pytest.mark.parametrize("expression, solution", [
-    ("4 - 7 + 2 - 9", r"4 - 7 = -3, -3 + 2 = -1, -1 - 9 = -10. So the answer is \boxed{-10}."),
-    ("0 + 0 + 9 + 3 - 1 - 5", r"0 + 0 = 0, 0 + 9 = 9, 9 + 3 = 12, 12 - 1 = 11, 11 - 5 = 6. "
-                              r"So the answer is \boxed{6}.")])
-def test_a_worked_solution_has_every_running_sum(expression, solution):
-    assert real.worked(expression) == solution
+@pytest.mark.parametrize("about, solution", [
+    ({"expression": "4 - 7 + 2 - 9"},
+     r"4 - 7 = -3, -3 + 2 = -1, -1 - 9 = -10. So the answer is \boxed{-10}."),
+    ({"expression": "0 + 0 + 9 + 3 - 1 - 5"}, r"0 + 0 = 0, 0 + 9 = 9, 9 + 3 = 12, 12 - 1 = 11, "
+                                              r"11 - 5 = 6. So the answer is \boxed{6}."),
+    ({"source_repr": "203", "source_base": 4, "target_base": 10},
+     r"2*16 + 0*4 + 3*1 = 32 + 0 + 3 = 35. So the answer is \boxed{35}."),
+    ({"source_repr": "3c", "source_base": 16, "target_base": 10},
+     r"3*16 + 12*1 = 48 + 12 = 60. So the answer is \boxed{60}."),
+    ({"source_repr": "203", "source_base": 4, "target_base": 9}, None)])
+def test_a_worked_solution_has_every_intermediate_result(about, solution):
+    assert real.worked({"metadata": about}) == solution
 
 
 def stub(monkeypatch):
@@ -47,17 +53,21 @@ def stub(monkeypatch):
     return asked
 
 
-def check_problems(folder, scale):
+SUMS = real.TASKS["sums"]
+
+
+def check_problems(folder, scale, task=SUMS):
     """Fails unless the files in `folder` are what a run needs; returns the problems by set."""
     found = {name: read_lines(folder / f"{name}.jsonl") for name in real.SETS}
     assert {name: len(rows) for name, rows in found.items()} == {
-        name: count // scale for name, (*_, count) in real.SETS.items()}
+        name: (task.train if name == "train" else task.others) // scale for name in real.SETS}
     texts = [row["problem"] for rows in found.values() for row in rows]
     assert len(set(texts)) == len(texts)
     for name, rows in found.items():
         for row in rows:
             assert ("expert_response" in row) == (name == "train")
             assert row.get("expert_response", row.get("solution")) == row.get("solution")
+            assert ("solution" in row) == (name != "equations")
             if name != "equations":
                 assert extract_answer(row["solution"]) == row["answer"]
     return found
@@ -65,19 +75,19 @@ def check_problems(folder, scale):
 
 def test_the_sets_share_no_problem(tmp_path, monkeypatch):
     asked = stub(monkeypatch)
-    real.write_problems(tmp_path / "data", 16)
+    real.write_problems(tmp_path / "data", SUMS, 16)
     check_problems(tmp_path / "data", 16)
     ranges = sorted((seed, seed + size) for seed, size in asked)
     assert len(ranges) == len(real.SETS)
     assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:]))
-    real.write_problems(tmp_path / "data", 16)   # They are there.
+    real.write_problems(tmp_path / "data", SUMS, 16)   # They are there.
     assert len(asked) == len(real.SETS)
 
 
 def test_reasoning_gym_makes_the_problems(tmp_path):
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: "
                         "pip install -r benchmarks/requirements-real.txt")
-    real.write_problems(tmp_path / "data", 4)
+    real.write_problems(tmp_path / "data", SUMS, 4)
     found = check_problems(tmp_path / "data", 4)
     for name, terms in {"held-out": (4, 6), "train": (4, 6), "longer": (7, 8)}.items():
         for row in found[name]:
@@ -89,6 +99,15 @@ def test_reasoning_gym_makes_the_problems(tmp_path):
         variable, = set(re.findall(r"(?:for|of) (\w)\b", row["problem"]))
         left, right = row["problem"].split(": ")[1].split(" = ")
         assert eval(left, {variable: int(row["answer"])}) == int(right)
+    bases = real.TASKS["bases"]
+    real.write_problems(tmp_path / "bases", bases, 1)
+    for name, rows in check_problems(tmp_path / "bases", 1, bases).items():
+        for row in rows if name != "equations" else ():
+            base, number = re.search(r"(binary|hexadecimal|base-\d+) number (\w+) to base-10",
+                                     row["problem"]).groups()
+            base = {"binary": 2, "hexadecimal": 16}.get(base) or int(base[5:])
+            assert int(number, base) == int(row["answer"])
+            assert (int(row["answer"]) >= 64) == (name == "longer")
 
 
 def test_without_reasoning_gym_an_error_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -112,7 +131,7 @@ def test_finished_work_is_skipped_and_stopped_work_resumes(tmp_path, monkeypatch
     calls = []
     o = argparse.Namespace(output_dir=tmp_path, data=tmp_path / "data", model="M", dtype="float32",
                            train="--steps 2", environment={}, settings={},
-                           shared=dict.fromkeys(real.SHARED, ""))
+                           limit=200, shared=dict.fromkeys(real.SHARED, ""))
     folder = real.folder_of(o, "ICPO", 1)
 
     def run(command, log, environment):

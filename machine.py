@@ -85,10 +85,11 @@ def faster_sampling(model: "Transformer"):
 
 
 def attention_of_few(kernel: Callable) -> Callable:
-    """A function like `cached_attention` of the model, which leaves many queries to this kernel.
+    """Returns a replacement for `cached_attention` of the model, which passes a call with more than
+    16 queries on to `kernel`. Each query must see a position.
 
-    A kernel of flash attention works on each head of each sequence by itself. With the few queries
-    of a decode step that costs more than the scores, which are few enough to be stored.
+    PyTorch's kernel for CPUs works on each head of each sequence by itself. With the few queries of
+    a decode step that costs more time than to store their scores.
     """
     def attend(q, keys, values, bias):
         if q.shape[2] > 16:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,9 +60,14 @@ def claim(folder: Path, settings: dict) -> TextIO:
     return lock
 
 
+STOPPING = threading.Event()
+
+
 def run(command: list[str], log: Path, environment: dict[str, str] = ONE_THREAD) -> None:
     """Runs a Python command in the project's folder and appends its output to `log`. Raises
-    RuntimeError with the end of `log` if the command fails."""
+    RuntimeError with the end of `log` if the command fails, or if `stoppable_pool` is stopping."""
+    if STOPPING.is_set():
+        raise RuntimeError("stopped")
     with log.open("a") as file:
         code = subprocess.run(
             [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -98,10 +104,12 @@ def stoppable_pool(processes: int) -> Iterator[ThreadPoolExecutor]:
     block, stop these and the script."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM stops it as Ctrl-C does.
     pool = ThreadPoolExecutor(processes)
+    STOPPING.clear()
     try:
         yield pool
     except (KeyboardInterrupt, RuntimeError, OSError) as error:
-        pool.shutdown(wait=False, cancel_futures=True)   # Now no run starts when another one ends.
+        STOPPING.set()   # Now no process starts when another one ends.
+        pool.shutdown(wait=False, cancel_futures=True)
         for child in psutil.Process().children():
             child.terminate()   # train.py finishes its step and writes a checkpoint.
         pool.shutdown()
@@ -169,6 +177,9 @@ def differences(results: Results, baseline: str, measures: dict[str, str],
             parts = []
             for measure, text in measures.items():
                 seeds = sorted(runs.keys() & results[baseline].keys())
+                if not seeds:
+                    parts.append(f"{text} no seed in common")
+                    continue
                 mean, low, high = interval([runs[seed][measure] - results[baseline][seed][measure]
                                             for seed in seeds])
                 word = ("too few seeds" if np.isnan(low) else

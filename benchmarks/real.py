@@ -7,10 +7,11 @@
     python benchmarks/real.py --report                        # results.md of what is finished
 
 The tasks are of reasoning-gym. `sums` is chain_sum: sums and differences of four to six numbers of
-one digit. `bases` is base_conversion: numbers from 4 to 63 from another base to base 10.
+one digit. `bases` is base_conversion: to write a number between 4 and 63 in base 10, which is given
+in another base.
 The script makes the problems with worked solutions; measures the model with 0, 1, 2 and 4
 demonstrations in its context, drawn anew for each problem; trains the systems; and asks each
-trained model the held-out problems, longer ones (seven or eight numbers, or numbers from 64 to
+trained model the held-out problems, larger ones (seven or eight numbers, or numbers between 64 and
 127), and the equations of simple_equations, without demonstrations. One process runs at a time,
 with all cores or a GPU, or several that share a GPU (--processes). Finished work is skipped and
 stopped work resumed. The output folder holds the problems, the runs, results.md, written after each
@@ -58,7 +59,7 @@ class Task(NamedTuple):
     longer: dict
     about_longer: str
     limit: int   # tokens of a response; a lower one cuts off many plain answers of the real model
-    train: int   # problems to train on; 8 are asked in a step
+    train: int   # problems to train on; a step asks 8, none twice until all have been asked
     others: int  # problems of each other set
 
 
@@ -111,8 +112,8 @@ def worked_base(digits: str, base: int) -> str:
     places = [base ** (len(digits) - 1 - i) for i in range(len(digits))]
     values = [int(digit, base) * place for digit, place in zip(digits, places, strict=True)]
     products = (f"{int(d, base)}*{place}" for d, place in zip(digits, places, strict=True))
-    return (f"{' + '.join(products)} = "
-            f"{' + '.join(map(str, values))} = {sum(values)}. "
+    added = f"{' + '.join(map(str, values))} = " * (len(values) > 1)
+    return (f"{' + '.join(products)} = {added}{sum(values)}. "
             f"So the answer is \\boxed{{{sum(values)}}}.")
 
 
@@ -311,7 +312,7 @@ def training_table(runs: dict[str, list[list[dict]]]) -> list[str]:
 def report(o) -> None:
     """Writes results.md and draws the pictures of the runs that are finished, whoever asked."""
     folders, metrics, done, clocks, unfinished = {}, {}, {}, [], []
-    task = o.settings.get("task", "sums")   # Folders of earlier versions do not name it.
+    task = o.settings.get("task", "sums")
     titles = "held-out problems", TASKS[task].about_longer, "simple_equations"
     asked = dict(zip(ASKED, titles, strict=True))
     words = o.settings["train"].split()
@@ -335,7 +336,7 @@ def report(o) -> None:
              "", "## After training", "",
              f"Answers without demonstrations. Intervals are over seeds: Student's for three or "
              f"four, bootstrap from five on, none for fewer; of the untrained model over problems. "
-             f"The runs took {hours:.1f} hours."
+             f"The runs took {hours:.1f} hours, added up."
              + f" Not finished: {'; '.join(unfinished)}." * bool(unfinished), ""]
     lines += trained_table(asked, by_set(o.output_dir / "before.json"), done)
     if done:
@@ -378,8 +379,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     forms = ["turns", "one-turn", "text"]
-    add("--output-dir", type=Path, help="folder of problems, runs and results (default: "
-        "runs/real-TASK, with --quick runs/real-TASK-quick)")
+    add("--output-dir", type=Path, help="folder of problems, runs and results (default: runs/real "
+        "for sums and runs/real-bases for bases, with -quick behind it with --quick)")
     add("--task", choices=list(TASKS), default="sums", help="what to train (default: %(default)s)")
     add("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="Hugging Face folder or hub "
         "name (default: %(default)s)")
@@ -388,8 +389,9 @@ def main() -> None:
         "ICPO†)")
     add("--seeds", type=int, help="runs of each system (default: 3, with --quick 1)")
     add("--steps", type=int, help="training steps of each run (default: 20, with --quick 2)")
-    add("--processes", type=int, default=1, help="runs at the same time, which share the cores and "
-        "the GPU; five of the default model fit into 80 GB of a GPU (default: %(default)s)")
+    add("--processes", type=int, default=1, help="processes at the same time, which share the "
+        "cores and the GPU; five of the default model fit into 80 GB of a GPU (default: "
+        "%(default)s)")
     add("--learning-rate", type=float, default=5e-6, help="of the training (default: %(default)s)")
     add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="forms of the prompt "
         "with demonstrations to screen; the systems are trained with the first (default: turns)")
@@ -399,8 +401,10 @@ def main() -> None:
     add("--quick", action="store_true", help="run every part with one seed, few steps and "
         "few problems")
     o = parser.parse_args()
+    if o.processes < 1:
+        parser.error(f"--processes must be at least 1, not {o.processes}")
     o.seeds, o.steps = o.seeds or (1 if o.quick else 3), o.steps or (2 if o.quick else 20)
-    folder = f"real-{o.task}" + "-quick" * o.quick
+    folder = "real" + f"-{o.task}" * (o.task != "sums") + "-quick" * o.quick
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
     o.data, o.model = o.output_dir / "data", absolute(o.model)
     o.dtype = o.dtype or fast_dtype()
@@ -419,8 +423,10 @@ def main() -> None:
             o.train = (f"--max-new-tokens {o.limit} {TRAIN} --demo-format {o.demo_format[0]} "
                        f"--learning-rate {o.learning_rate:g} --steps {o.steps}")
             scale = 32 if o.quick else 1
-            o.settings = {"task": o.task, "model": o.model, "dtype": o.dtype, "train": o.train,
-                          "share of the problems": f"1/{scale}"}
+            # Folders of earlier versions, which had sums alone, do not name a task and can go on.
+            named = {} if o.task == "sums" else {"task": o.task}
+            o.settings = named | {"model": o.model, "dtype": o.dtype, "train": o.train,
+                                  "share of the problems": f"1/{scale}"}
             _lock = claim(o.output_dir, o.settings)
             write_problems(o.data, TASKS[o.task], scale)
     except ValueError as error:

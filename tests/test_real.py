@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -218,7 +219,7 @@ def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
         assert f"\n{line}\n" in text
     assert "- ICPO, 1 seed against GRPO, 3 seeds: held-out problems too few seeds (+30.0" in text
     assert "- ICPO against GRPO: after the last step too few seeds (+30.0 points)." in text
-    assert "The runs took 6.0 hours. Not finished: ICPO, seed 2 (1 steps)." in text
+    assert "The runs took 6.0 hours, added up. Not finished: ICPO, seed 2 (1 steps)." in text
     assert ("- ICPO, 2 seeds: 8 thousand tokens sampled, 2 thousand until the evaluation that "
             "first reaches GRPO's accuracy at the end\n") in text
     for name in ("curves", "systems", "tokens"):
@@ -227,26 +228,34 @@ def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):
 
 def test_an_empty_folder_has_a_report_without_runs(tmp_path):
     real.report(argparse.Namespace(output_dir=tmp_path, settings={"train": "--steps 4"}))
-    assert "The runs took 0.0 hours." in (tmp_path / "results.md").read_text()
+    assert "The runs took 0.0 hours, added up." in (tmp_path / "results.md").read_text()
 
 
 def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     """With the embedded model, which cannot do this task, and a stand-in for reasoning-gym."""
     stub(monkeypatch)
-    calls = []
+    calls, shared = [], {True: [], False: []}
 
     def run(command, log, environment):
         calls.append(command[0])
-        assert command[-2:] == ["--slots", "72"] or command[-1] == "all"   # what processes share
+        assert command[command.index("--max-new-tokens") + 1] == "200"
+        shared[" ".join(command).endswith(real.SHARED[command[0]])].append(
+            (command[0], environment["OMP_NUM_THREADS"]))
         done = processes.run(*command, check=False)
         assert not done.returncode, done.stderr
 
     monkeypatch.setattr(real, "run", run)
     arguments = ["real.py", "--model", "tiny", "--quick", "--steps", "1", "--dtype", "float32",
                  "--output-dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--processes", "2", "--systems", "LUFFY", "ICPO"])
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(sys, "argv", [*arguments, "--processes", "2", "--systems", "LUFFY"])
     real.main()
-    assert sorted(calls) == ["eval.py"] * 4 + ["train.py"] * 2
+    half = str(max(cores // 2, 1))
+    assert sorted(shared[True]) == [("eval.py", half)] * 3 + [("train.py", half)]
+    assert not shared[False]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--systems", "LUFFY", "ICPO"])
+    real.main()
+    assert shared[False] == [("train.py", str(cores)), ("eval.py", str(cores))]
     text = (tmp_path / "out" / "results.md").read_text()
     assert text in capsys.readouterr().out
     assert re.findall(r"^\| (\d) \| (\S+) \| 8 \|", text, re.M) == [
@@ -261,6 +270,25 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         real.main()
     assert "holds no runs of this script" in capsys.readouterr().err
+
+
+def test_another_task_has_its_own_problems_and_limit(tmp_path, monkeypatch):
+    tasks, commands = [], []
+    monkeypatch.setattr(real, "write_problems", lambda folder, task, scale: tasks.append(task))
+    monkeypatch.setattr(real, "run", lambda command, log, environment: commands.append(command))
+    monkeypatch.setattr(sys, "argv", ["real.py", "--task", "bases", "--model", "tiny", "--systems",
+                                      "--dtype", "float32", "--output-dir", str(tmp_path)])
+    real.main()
+    assert tasks == [real.TASKS["bases"]]
+    assert [command[command.index("--max-new-tokens") + 1] for command in commands] == ["400"] * 2
+    assert "| 64 to 127, % | tokens |" in (tmp_path / "results.md").read_text()
+
+
+def test_fewer_processes_than_one_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["real.py", "--processes", "0"])
+    with pytest.raises(SystemExit):
+        real.main()
+    assert "--processes must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_the_pictures_name_the_systems_as_curves_py_does():

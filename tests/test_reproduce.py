@@ -141,6 +141,36 @@ def test_a_run_that_fails_says_why(tmp_path):
         experiments.run(["train.py", "--no-such-option", "1"], tmp_path / "log")
 
 
+STOPPED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from benchmarks.experiments import run, stoppable_pool
+
+log = Path({log!r})
+
+def two_processes():
+    try:
+        run(["-c", "print('first', flush=True); import time; time.sleep(60)"], log)
+    except RuntimeError:   # It was terminated.
+        run(["-c", "print('second')"], log)
+
+with stoppable_pool(1) as pool:
+    pool.submit(two_processes)
+    while not log.is_file() or not log.read_text():
+        time.sleep(0.01)
+    raise KeyboardInterrupt
+"""
+
+
+def test_no_process_starts_after_the_script_is_stopped(tmp_path):
+    log = tmp_path / "log"
+    script = STOPPED.format(root=str(Path(__file__).resolve().parent.parent), log=str(log))
+    stopped = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert stopped.returncode == 1 and "the same command resumes it" in stopped.stderr
+    assert log.read_text() == "first\n"
+
+
 def test_a_folder_is_locked_until_the_started_processes_have_ended(tmp_path):
     settings, folder = {"train": "--steps 1"}, tmp_path / "out"
     lock = experiments.claim(folder, settings)

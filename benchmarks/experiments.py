@@ -60,7 +60,12 @@ def claim(folder: Path, settings: dict) -> TextIO:
     return lock
 
 
-STOPPING = threading.Event()
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+STOPPING = threading.Event()   # Set when `stoppable_pool` stops what it has started.
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] = ONE_THREAD) -> None:

@@ -20,7 +20,6 @@ run, and the pictures.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import threading
@@ -46,6 +45,7 @@ from benchmarks.experiments import (
     run,
     shown,
     stoppable_pool,
+    usable_cores,
 )
 from curves import draw_groups, read_metrics, series
 from files import append_lines
@@ -142,12 +142,12 @@ def make_problems(task: Task, name: str, count: int, taken: set[str]) -> list[di
     first, rows = 1_000_000 * SETS.index(name), []
     for problem in create_dataset(generator, seed=first, size=100 * count, **config):
         text = problem["question"].strip()
-        solution = None if name == "equations" else worked(problem)
-        if text in taken or solution is None and name != "equations":
+        solution = worked(problem) if name != "equations" else ""
+        if text in taken or solution is None:
             continue
         taken.add(text)
         row = {"id": f"{name}-{len(rows)}", "problem": text, "answer": problem["answer"]}
-        if solution is not None:
+        if solution:
             row["solution"] = solution
         if name == "train":
             row["expert_response"] = row["solution"]
@@ -408,8 +408,7 @@ def main() -> None:
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
     o.data, o.model = o.output_dir / "data", absolute(o.model)
     o.dtype = o.dtype or fast_dtype()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    o.environment = {"OMP_NUM_THREADS": str(max(cores // o.processes, 1))}
+    o.environment = {"OMP_NUM_THREADS": str(max(usable_cores() // o.processes, 1))}
     o.shared = SHARED if o.processes > 1 else dict.fromkeys(SHARED, "")
     try:
         if o.report:

@@ -16,7 +16,6 @@ shows how demonstrations change that model's answers.
 """
 
 import argparse
-import os
 import shutil
 import sys
 import time
@@ -44,6 +43,7 @@ from benchmarks.experiments import (
     run,
     shown,
     stoppable_pool,
+    usable_cores,
 )
 from curves import draw_groups, read_metrics, series
 from tiny.make import make_problems, write_jsonl
@@ -146,7 +146,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--output-dir", type=Path, help="folder of runs and results (default: runs/reproduce, or "
         "runs/reproduce-quick with --quick)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
@@ -158,7 +157,8 @@ def main() -> None:
     add("--steps", type=int, help="training steps of each run (default: 60, with --quick 5)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: "
         "300, with --quick 100)")
-    add("--processes", type=int, default=cores, help="runs at the same time (default: 1 per core)")
+    add("--processes", type=int, default=usable_cores(), help="runs at the same time (default: 1 "
+        "per core)")
     add("--quick", action="store_true", help="run every part once, with one seed and few steps, "
         "too few to learn in `rare`")
     o = parser.parse_args()

@@ -1,7 +1,6 @@
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import types
@@ -15,7 +14,7 @@ import processes
 
 import curves
 import machine
-from benchmarks import real
+from benchmarks import experiments, real
 from files import read_lines
 from reward import extract_answer
 
@@ -247,7 +246,7 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real, "run", run)
     arguments = ["real.py", "--model", "tiny", "--quick", "--steps", "1", "--dtype", "float32",
                  "--output-dir", str(tmp_path / "out")]
-    cores = len(os.sched_getaffinity(0))
+    cores = experiments.usable_cores()
     monkeypatch.setattr(sys, "argv", [*arguments, "--processes", "2", "--systems", "LUFFY"])
     real.main()
     half = str(max(cores // 2, 1))

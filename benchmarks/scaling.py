@@ -93,12 +93,14 @@ def measure(job: dict) -> None:
 
 
 def run_case(case: dict, scratch: Path) -> dict:
+    from benchmarks.experiments import usable_cores  # The processes that are measured need none.
+
     model = scratch / f"model-{case['vocabulary']}"
     if not model.exists():
         write_model(model, case["vocabulary"])
     with tempfile.TemporaryDirectory(dir=scratch) as output:
         job = case | {"model": str(model), "output": f"{output}/run"}
-        threads = max(1, len(os.sched_getaffinity(0)) // case["processes"])
+        threads = max(1, usable_cores() // case["processes"])
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
              str(case["processes"]), __file__, "--job", json.dumps(job)], capture_output=True,

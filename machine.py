@@ -86,7 +86,7 @@ def faster_sampling(model: "Transformer"):
 
 def attention_of_few(kernel: Callable) -> Callable:
     """Returns a replacement for `cached_attention` of the model, which passes a call with more than
-    16 queries on to `kernel`. Each query must see a position.
+    16 queries on to `kernel`. Each query must see at least one position.
 
     PyTorch's kernel for CPUs works on each head of each sequence by itself. With the few queries of
     a decode step that costs more time than to store their scores.

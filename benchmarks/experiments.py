@@ -4,6 +4,7 @@ A system is a method with its settings, and a run trains it once, with one seed.
 {system: {seed: {measure: value}}}.
 """
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -60,9 +61,12 @@ def claim(folder: Path, settings: dict) -> TextIO:
     return lock
 
 
-def usable_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def at_least_1(text: str) -> int:
+    """The type of an option. Raises ArgumentTypeError for a number below 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 STOPPING = threading.Event()   # Set when `stoppable_pool` stops what it has started.

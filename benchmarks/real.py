@@ -7,8 +7,8 @@
     python benchmarks/real.py --report                        # results.md of what is finished
 
 The tasks are of reasoning-gym. `sums` is chain_sum: sums and differences of four to six numbers of
-one digit. `bases` is base_conversion: to write a number between 4 and 63 in base 10, which is given
-in another base.
+one digit. `bases` is base_conversion: a number between 4 and 63 is given in another base and is to
+be written in base 10.
 The script makes the problems with worked solutions; measures the model with 0, 1, 2 and 4
 demonstrations in its context, drawn anew for each problem; trains the systems; and asks each
 trained model the held-out problems, larger ones (seven or eight numbers, or numbers between 64 and
@@ -32,6 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.experiments import (
+    at_least_1,
     await_runs,
     beside,
     bootstrap,
@@ -45,11 +46,11 @@ from benchmarks.experiments import (
     run,
     shown,
     stoppable_pool,
-    usable_cores,
 )
 from curves import draw_groups, read_metrics, series
 from files import append_lines
 from options import absolute
+from verify import usable_cores
 
 
 class Task(NamedTuple):
@@ -109,12 +110,11 @@ def worked(problem: dict) -> str | None:
 
 def worked_base(digits: str, base: int) -> str:
     """Returns how digits like "203" in base 4 are converted to base 10."""
-    places = [base ** (len(digits) - 1 - i) for i in range(len(digits))]
-    values = [int(digit, base) * place for digit, place in zip(digits, places, strict=True)]
-    products = (f"{int(d, base)}*{place}" for d, place in zip(digits, places, strict=True))
+    pairs = [(int(digit, base), base ** i) for i, digit in enumerate(reversed(digits))][::-1]
+    products = " + ".join(f"{number}*{place}" for number, place in pairs)
+    values = [number * place for number, place in pairs]
     added = f"{' + '.join(map(str, values))} = " * (len(values) > 1)
-    return (f"{' + '.join(products)} = {added}{sum(values)}. "
-            f"So the answer is \\boxed{{{sum(values)}}}.")
+    return f"{products} = {added}{sum(values)}. So the answer is \\boxed{{{sum(values)}}}."
 
 
 def worked_sum(expression: str) -> str:
@@ -389,8 +389,8 @@ def main() -> None:
         "ICPO†)")
     add("--seeds", type=int, help="runs of each system (default: 3, with --quick 1)")
     add("--steps", type=int, help="training steps of each run (default: 20, with --quick 2)")
-    add("--processes", type=int, default=1, help="processes at the same time, which share the "
-        "cores and the GPU; five of the default model fit into 80 GB of a GPU (default: "
+    add("--processes", type=at_least_1, default=1, help="processes at the same time, which share "
+        "the cores and the GPU; five of the default model fit into 80 GB of a GPU (default: "
         "%(default)s)")
     add("--learning-rate", type=float, default=5e-6, help="of the training (default: %(default)s)")
     add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="forms of the prompt "
@@ -401,8 +401,6 @@ def main() -> None:
     add("--quick", action="store_true", help="run every part with one seed, few steps and "
         "few problems")
     o = parser.parse_args()
-    if o.processes < 1:
-        parser.error(f"--processes must be at least 1, not {o.processes}")
     o.seeds, o.steps = o.seeds or (1 if o.quick else 3), o.steps or (2 if o.quick else 20)
     folder = "real" + f"-{o.task}" * (o.task != "sums") + "-quick" * o.quick
     o.output_dir = (o.output_dir or ROOT / "runs" / folder).absolute()
@@ -422,10 +420,10 @@ def main() -> None:
             o.train = (f"--max-new-tokens {o.limit} {TRAIN} --demo-format {o.demo_format[0]} "
                        f"--learning-rate {o.learning_rate:g} --steps {o.steps}")
             scale = 32 if o.quick else 1
-            # Folders of earlier versions, which had sums alone, do not name a task and can go on.
-            named = {} if o.task == "sums" else {"task": o.task}
-            o.settings = named | {"model": o.model, "dtype": o.dtype, "train": o.train,
-                                  "share of the problems": f"1/{scale}"}
+            o.settings = {"model": o.model, "dtype": o.dtype, "train": o.train,
+                          "share of the problems": f"1/{scale}"}
+            if o.task != "sums":   # Folders of earlier versions do not name it and can go on.
+                o.settings["task"] = o.task
             _lock = claim(o.output_dir, o.settings)
             write_problems(o.data, TASKS[o.task], scale)
     except ValueError as error:

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.experiments import (
     Results,
+    at_least_1,
     await_runs,
     beside,
     bootstrap,
@@ -43,10 +44,10 @@ from benchmarks.experiments import (
     run,
     shown,
     stoppable_pool,
-    usable_cores,
 )
 from curves import draw_groups, read_metrics, series
 from tiny.make import make_problems, write_jsonl
+from verify import usable_cores
 
 SETTINGS = {"rare": "0.0", "often": "0.3"}   # --worked-share of tiny/make.py
 MAKE = "--init tiny/model --learning-rate 1e-3 --slips 0.05 --document-terms 5 10"
@@ -157,8 +158,8 @@ def main() -> None:
     add("--steps", type=int, help="training steps of each run (default: 60, with --quick 5)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: "
         "300, with --quick 100)")
-    add("--processes", type=int, default=usable_cores(), help="runs at the same time (default: 1 "
-        "per core)")
+    add("--processes", type=at_least_1, default=usable_cores(), help="runs at the same time "
+        "(default: 1 per core)")
     add("--quick", action="store_true", help="run every part once, with one seed and few steps, "
         "too few to learn in `rare`")
     o = parser.parse_args()

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from files import append_lines, read_lines
 from timing import BANDWIDTH, CARDS, step_seconds
+from verify import usable_cores
 
 FACTORS = (1, 2, 4, 8, 16)
 # What grows, by its option: (its name in the table, its value in the base case).
@@ -93,8 +94,6 @@ def measure(job: dict) -> None:
 
 
 def run_case(case: dict, scratch: Path) -> dict:
-    from benchmarks.experiments import usable_cores  # The processes that are measured need none.
-
     model = scratch / f"model-{case['vocabulary']}"
     if not model.exists():
         write_model(model, case["vocabulary"])

@@ -14,9 +14,10 @@ import processes
 
 import curves
 import machine
-from benchmarks import experiments, real
+from benchmarks import real, reproduce
 from files import read_lines
 from reward import extract_answer
+from verify import usable_cores
 
 
 @pytest.mark.parametrize("about, solution", [
@@ -246,7 +247,7 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real, "run", run)
     arguments = ["real.py", "--model", "tiny", "--quick", "--steps", "1", "--dtype", "float32",
                  "--output-dir", str(tmp_path / "out")]
-    cores = experiments.usable_cores()
+    cores = usable_cores()
     monkeypatch.setattr(sys, "argv", [*arguments, "--processes", "2", "--systems", "LUFFY"])
     real.main()
     half = str(max(cores // 2, 1))
@@ -283,11 +284,12 @@ def test_another_task_has_its_own_problems_and_limit(tmp_path, monkeypatch):
     assert "| 64 to 127, % | tokens |" in (tmp_path / "results.md").read_text()
 
 
-def test_fewer_processes_than_one_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["real.py", "--processes", "0"])
+@pytest.mark.parametrize("script", [real, reproduce])
+def test_fewer_processes_than_one_are_refused(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--processes", "0"])
     with pytest.raises(SystemExit):
-        real.main()
-    assert "--processes must be at least 1, not 0" in capsys.readouterr().err
+        script.main()
+    assert "--processes: must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_the_pictures_name_the_systems_as_curves_py_does():

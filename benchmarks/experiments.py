@@ -70,18 +70,21 @@ def at_least_1(text: str) -> int:
 
 
 STOPPING = threading.Event()   # Set when `stoppable_pool` stops what it has started.
+STARTING = threading.Lock()    # Held while a process starts, so that none starts unseen after that.
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] = ONE_THREAD) -> None:
     """Runs a Python command in the project's folder and appends its output to `log`. Raises
     RuntimeError with the end of `log` if the command fails, or if `stoppable_pool` is stopping."""
-    if STOPPING.is_set():
-        raise RuntimeError("stopped")
     with log.open("a") as file:
-        code = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            close_fds=False,   # The lock of `claim` is the only file that can be inherited.
-            env=os.environ | environment).returncode
+        with STARTING:
+            if STOPPING.is_set():
+                raise RuntimeError("stopped")
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                close_fds=False,   # The lock of `claim` is the only file that can be inherited.
+                env=os.environ | environment)
+        code = process.wait()
     if code:
         raise RuntimeError(f"{' '.join(command)} failed. {log} holds all of its output, which ends "
                            f"with:\n{log.read_text()[-1500:]}")
@@ -117,10 +120,12 @@ def stoppable_pool(processes: int) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     except (KeyboardInterrupt, RuntimeError, OSError) as error:
-        STOPPING.set()   # Now no process starts when another one ends.
+        with STARTING:
+            STOPPING.set()   # Now no process starts when another one ends.
         pool.shutdown(wait=False, cancel_futures=True)
         for child in psutil.Process().children():
-            child.terminate()   # train.py finishes its step and writes a checkpoint.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()   # train.py finishes its step and writes a checkpoint.
         pool.shutdown()
         sys.exit(str(error) or "\nThe script was stopped; the same command resumes it.")
 

@@ -14,11 +14,14 @@ Parts, each in a process of its own: a part that fails says why in its row, and 
 - default: the run of the embedded default, as `python train.py` makes it.
 """
 
+import contextlib
 import gc
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -271,12 +274,17 @@ def run_process(name: str, options: Options) -> list[Figure]:
         output = Path(folder) / "part"
         given = vars(options) | {"parts": [name], "output": str(output)}
         command = [sys.executable, __file__, "--one-process", json.dumps(given)]
+        process = subprocess.Popen(command, start_new_session=True)
         try:
-            done = subprocess.run(command, timeout=options.timeout)
+            status = process.wait(options.timeout)
         except subprocess.TimeoutExpired:
             return [failed(name, f"it was ended after {options.timeout} seconds")]
-        if done.returncode or not output.is_file():
-            return [failed(name, f"its process ended with status {done.returncode}")]
+        finally:   # with the processes that it has started, which may use the GPU
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if status or not output.is_file():
+            return [failed(name, f"its process ended with status {status}")]
         return [Figure(*values) for values in json.loads(output.read_text())]
 
 

@@ -182,11 +182,11 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
     instead. Arguments: see `icpo_loss`; rows without response tokens do not count.
     """
     counts = mask.bool()
-    logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs))
+    logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
     ratio = importance_ratio(logprobs, old_logprobs, off_policy)
     tokens = clip(ratio, advantages[:, None], clip_low, clip_high) * mask                  # [B, T]
     lengths = mask.sum(1)                                                                  # [B] |τ|
-    rows = tokens.sum(1) / lengths.clamp(min=1)                                            # [B]
+    rows = tokens.sum(1) / lengths.where(lengths > 0, 1)                                   # [B]
     on, off = ((lengths > 0) & side for side in (~off_policy.bool(), off_policy.bool()))
     return sum(((rows * side).sum() / side.sum().clamp(min=1) for side in (on, off)),
                start=rows.new_zeros(()))

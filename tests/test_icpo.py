@@ -234,6 +234,15 @@ def test_mixed_objective_matches_hand_calculation():
     assert mixed_policy_objective(logprobs, old, A, mask, off_policy).item() == pytest.approx(0.85)
 
 
+def test_mixed_objective_has_no_gradient_through_the_old_policy():
+    logprobs, _, A, mask, off_policy = two_rows()
+    logprobs.requires_grad_()
+    objectives = [mixed_policy_objective(logprobs, old, A, mask, off_policy)
+                  for old in (logprobs, logprobs.detach())]
+    mine, expected = (torch.autograd.grad(each, logprobs)[0] for each in objectives)
+    assert torch.equal(mine, expected) and expected.abs().sum() > 0
+
+
 def test_icpo_loss_matches_hand_calculation():
     loss, metrics = icpo_loss(*two_rows())
     shaped = 0.5 / 0.51

@@ -2,17 +2,19 @@
 
     python curves.py runs/icpo-seed0 runs/icpo-seed1 runs/grpo-seed0 --output curves.png
 
-Runs of the same method are one line, their mean, in a band from the lowest to the highest. It
-prints each run's held-out accuracy before and after, and the first evaluation at which that is 90 %
-or more.
+Runs of the same method and settings are one line, their mean, in a band from the lowest to the
+highest. It prints each run's held-out accuracy before and after, and the first evaluation at which
+that is 90 % or more.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
 
 from files import read_lines, read_settings
+from options import GROUPS, IMPLIED, TrainingOptions, flag
 
 matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
@@ -52,16 +54,34 @@ def draw(runs: list[Path], output: Path) -> None:
 
     Raises ValueError for what is not a run.
     """
-    methods: dict[str, list[list[dict]]] = {}
+    groups: dict[str, list[list[dict]]] = {}
+    settings = {run: _settings(run) for run in map(Path, runs)}
     for run in map(Path, runs):
-        metrics = read_metrics(run)
-        config = run / "config.yaml"
-        settings = read_settings(config) if config.is_file() else {}
-        methods.setdefault(LABELS.get(settings.get("method", ""), run.name), []).append(metrics)
-    names = dict.fromkeys(name for group in methods.values() for metrics in group for row in metrics
+        mine = settings[run]
+        alike = [each for each in settings.values() if each.get("method") == mine.get("method")]
+        differing = [f"{flag(name)} {str(value).lower()}" for name, value in mine.items()
+                     if any(each.get(name, value) != value for each in alike)]
+        label = " ".join([LABELS.get(mine.get("method", ""), run.name), *differing])
+        groups.setdefault(label, []).append(read_metrics(run))
+    names = dict.fromkeys(name for group in groups.values() for metrics in group for row in metrics
                           for name in row if name.startswith("eval_accuracy/"))
     sets = [(name, f"Held-out accuracy, {name.partition('/')[2]}", "share right") for name in names]
-    draw_groups(methods, PANELS + sets, Path(output))
+    draw_groups(groups, PANELS + sets, Path(output))
+
+
+def _settings(run: Path) -> dict:
+    """The settings of a run that make it another system than other runs of its method."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        return {}
+    found = read_settings(config)
+    own = {each.name for each in fields(TrainingOptions)
+           if each.metadata["group"] in GROUPS[:5] and not each.metadata["free"]}
+    for name, base in IMPLIED.items():   # where it is what follows from the other option
+        if found.get(name) == found.get(base):
+            own -= {name}
+    return {name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+            for name, value in found.items() if name in own - {"steps"}}
 
 
 def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]],
@@ -88,7 +108,8 @@ def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str
             axis.fill_between(steps, list(map(min, columns)), list(map(max, columns)), color=colour,
                               alpha=0.2, lw=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
-        if unit == "share right":
+        # A reward of one's own may go beyond 0 to 1.
+        if unit == "share right" and axis.dataLim.y0 >= 0 and axis.dataLim.y1 <= 1:
             axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
         if not axis.lines:

@@ -28,8 +28,8 @@ class Demonstrations:
 
     A draw never contains the question itself, and its prompt never passes `max_prompt_length`
     tokens. Demonstrations with a link, or with a solution shorter than `min_chars`, are left out.
-    `excluded` counts those, and those never drawn for some question, by reason. Raises ValueError
-    if fewer than k are left.
+    `excluded` counts those by reason, `never_together` those that contain a question, for which
+    they are not drawn. Raises ValueError if fewer than k are left.
     """
 
     def __init__(self, pool: list[Problem], builder: PromptBuilder, k: int, max_prompt_length: int,
@@ -63,8 +63,7 @@ class Demonstrations:
         found = find_questions(questions, [normalise(f"{d.problem}\0{d.solution}")
                                             for d in self.pool])
         self.containing |= {question: found.get(question, set()) for question in questions}
-        self.excluded["that contain the question (never drawn for it)"] = len(
-            set().union(*self.containing.values()))
+        self.never_together = len(set().union(*self.containing.values()))
         return [p for p in problems if self._shortest(p) is not None]
 
     def draw(self, problem: Problem, rng: random.Random) -> tuple[list[Problem], list[int]]:

@@ -9,7 +9,8 @@ import functools
 import heapq
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +62,9 @@ def init_distributed(device: str = "auto", needed: bool = False) -> torch.device
             # processes that are gone.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart {restart}", store)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size)
+            # A process may sample or score for long after others. One that dies is found at once.
+            dist.init_process_group(backend, store=store, rank=number, world_size=size,
+                                    timeout=timedelta(hours=6))
         elif needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if on_gpu and not enough:   # the processes know one another now, so one of them says it
@@ -116,6 +119,11 @@ def on_main(function: Callable):
     return outcome
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of these; nan if one is nan, over which Python's `max` may pass."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
+
+
 class Totals:
     """Named sums, and maxima of numbers ≥ 0, over parts and over processes.
 
@@ -141,9 +149,9 @@ class Totals:
 
         everyone = gather_objects((
             {name: sum(read(values)) for name, values in self.sums.items()},
-            {name: max(0.0, *read(values)) for name, values in self.largest.items()}))
+            {name: largest([0.0, *read(values)]) for name, values in self.largest.items()}))
         return {**{name: sum(sums[name] for sums, _ in everyone) for name in self.sums},
-                **{name: max(largest[name] for _, largest in everyone) for name in self.largest}}
+                **{name: largest(each[name] for _, each in everyone) for name in self.largest}}
 
 
 def share_out(lengths: Sequence[int], processes: int) -> list[list[int]]:

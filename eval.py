@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from options import EvaluationOptions, OptionParser, end_with_mistake, hasten_imports, shots_of
+from options import EvaluationOptions, end_with_mistake, hasten_imports, parse_evaluation, shots_of
 
 ABOUT = "Accuracy of a model with 0 or more demonstrations in its context."
 if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
-    OptionParser(EvaluationOptions, ABOUT).parse(sys.argv[1:])
+    parse_evaluation(sys.argv[1:], ABOUT)
     hasten_imports()
 
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import make_scorer
 from rollout import Completion, Sampler, generate
-from runs import begin_program, find_output, follow_tokens, write_samples
+from runs import begin_program, find_output, follow_tokens, settings_of_run, write_samples
 from summary import print_table, summarise
 
 KEEP_EVERY = 64   # answers that a process scores and appends to the file at the same time
@@ -158,10 +158,10 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
 
 def main() -> None:
     begin_program()
-    o = OptionParser(EvaluationOptions, ABOUT).parse(sys.argv[1:])
     found = None
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # SIGTERM acts as Ctrl-C
     try:
+        o = parse_evaluation(sys.argv[1:], ABOUT, settings_of_run)
         model, builder, scorer, cases = prepare_evaluation(o)
         output, found = on_main(lambda: find_output(o, cases))
         o.output, rows = str(output), []

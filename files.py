@@ -21,8 +21,13 @@ def numbered(path: Path) -> Iterator[Path]:
 def replace_file(file: Path, text: str) -> None:
     """Writes the file aside and renames it, so that readers find the whole old or new file."""
     aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text)
-    aside.replace(file)
+    try:
+        aside.write_text(text)
+        aside.replace(file)
+    except OSError:   # the disk may be full
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def append_lines(file: Path, objects: list[dict]) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from curves import LABELS, read_metrics
 from files import replace_file
-from options import embedded
+from options import embedded, template_arguments
 
 if TYPE_CHECKING:
     from prepare import Run
@@ -78,11 +78,13 @@ def write_card(run: "Run") -> None:
                          pipeline_tag="text-generation", tags=["icpo", "reinforcement-learning"])
     base = f"[{o.model}](https://huggingface.co/{o.model})" if at_hub else (
         f"The model `{_last(o.model)}`")
-    call = f"generator(question, max_new_tokens={o.max_new_tokens})[0]"
+    asked, more = "question", f"max_new_tokens={o.max_new_tokens}"
     if o.chat_template:
         system = f'{{"role": "system", "content": {o.system!r}}}, ' if o.system else ""
-        call = (f'generator([{system}{{"role": "user", "content": question}}], '
-                f'max_new_tokens={o.max_new_tokens})[0]')
+        asked = f'[{system}{{"role": "user", "content": question}}]'
+    if o.template_args:
+        more += f", tokenizer_encode_kwargs={template_arguments(o.template_args)!r}"
+    call = f"generator({asked}, {more})[0]"
     data_sets = [f"- training: {len(run.problems)} problems of `{_last(o.train_data)}`"]
     if run.demonstrations is not None:
         data_sets.append(f"- demonstrations: {len(run.demonstrations.pool)} of "

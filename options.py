@@ -507,6 +507,30 @@ class EvaluationOptions(SharedOptions):
                        "another evaluation)", free=True)
 
 
+# How a model is asked. An evaluation of a run has these of the run, unless they are given.
+ASKED = ("instruction", "system", "template_args", "chat_template", "answer_format", "stop",
+         "max_new_tokens")
+
+
+def parse_evaluation(arguments: Sequence[str], about: str,
+                     settings_of: Callable[[str], dict[str, Any]] | None = None
+                     ) -> EvaluationOptions:
+    """Reads the options of eval.py. settings_of: of the run that a model is of, see ASKED."""
+    parser = OptionParser(EvaluationOptions, about)
+    found = parser.parse(arguments)
+    if settings_of is None:
+        return found
+    usual = EvaluationOptions()
+    settings = {name: value for name, value in settings_of(found.model).items()
+                if name in ASKED and value != getattr(usual, name)}
+    found = parser.parse(_as_arguments(settings) + list(arguments))
+    taken = [f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
+             for name, value in settings.items() if value == getattr(found, name)]
+    if taken and os.environ.get("RANK", "0") == "0":
+        print(f"as the run was trained: {', '.join(taken)}", file=sys.stderr)
+    return found
+
+
 # Data sets of the paper's table, in distribution and out of it.
 PAPER = {"in-distribution": ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad"),
          "out-of-distribution": ("arc-c", "gpqa", "mmlu-pro")}
@@ -545,6 +569,10 @@ LUFFY_RELEASE = dict(n_on=7, group="append", advantage_std=False, loss_aggregati
                      entropy_coef=0.001)
 
 
+# Options whose 0 stands for the value of another.
+IMPLIED = {"mini_batch_size": "batch_size", "bonus_steps": "steps", "lr_decay_steps": "steps"}
+
+
 def parse_training(arguments: Sequence[str], saved: dict | None = None) -> TrainingOptions:
     """Reads `[config.yaml] --option value …`; `saved` are the settings of a run that is resumed.
 
@@ -575,12 +603,51 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
                    for part in parts):
                 form = "a value or a list of values" if several else "one value"
                 parser.error(f"{file}: {name} must be {form}, not {value!r}")
-        arguments = _as_arguments(settings) + arguments[1:]
+        own = parser.parse(_as_arguments(settings))
+        found = parser.parse(_as_arguments(settings) + arguments[1:])
+        implied = _implied(own, found)
+        arguments = _as_arguments({name: value for name, value in settings.items()
+                                   if name not in implied}) + arguments[1:]
     arguments = _as_arguments(saved or {}) + arguments
     found = parser.parse(arguments)
     if found.method == "luffy-release":
         found = parser.parse(_as_arguments(LUFFY_RELEASE) + arguments)
     return found
+
+
+def _implied(own: TrainingOptions, found: TrainingOptions) -> set[str]:
+    """The options of a file that only state what others of the file imply, where the command line
+    changes those others. config.yaml of a run has them all.
+
+    own: what the file says alone; found: the same with the command line.
+    """
+    names = set()
+    if found.method != own.method:
+        alone = resolve(parse_training(["--method", own.method]))
+        names = {name for name in (*_METHOD, *LUFFY_RELEASE, "n_off")
+                 if getattr(own, name) == getattr(alone, name)}
+    return names | {name for name, base in IMPLIED.items()
+                    if getattr(found, base) != getattr(own, base) == getattr(own, name)}
+
+
+def without_effect(given: TrainingOptions, resolved: TrainingOptions) -> list[str]:
+    """The options that were set and change nothing, with the reason. given: before `resolve`."""
+    off_policy = ["num_demonstrations", "demonstrations", "demo_min_chars"]
+    idle: list[tuple[str, list[str]]] = []
+    if resolved.off_policy == "none":
+        idle.append(("there are no off-policy responses", [
+            "n_off", *off_policy, "off_policy_when", "off_policy_denominator", "shaping_lambda",
+            "group", "clip_off_policy"]))
+    elif resolved.off_policy == "dataset":
+        idle.append(("off-policy responses come from the data", off_policy))
+    if not resolved.rs:
+        idle.append(("--rs is false", ["alpha", "bonus_steps", "bonus_decay"]))
+    if resolved.lr_schedule == "constant":
+        idle.append(("--lr-schedule is constant", ["lr_decay_steps"]))
+    usual = resolve(parse_training(["--method", given.method, "--steps", str(given.steps)]))
+    usual.n_off = usual.n_off or TrainingOptions().n_off
+    return [f"{flag(name)} {getattr(given, name)} ({why})" for why, names in idle for name in names
+            if getattr(given, name) not in (None, 0, getattr(usual, name))]
 
 
 class _OptionLoader(yaml.SafeLoader):
@@ -652,6 +719,10 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
     require(o.old_logprobs == "recompute" or (o.top_p == 1 and o.top_k == 0),
             "with --top-p or --top-k the sampler's log-probabilities are not those of the policy "
             "in the objective: give --old-logprobs recompute")
+    require(o.off_policy != "demonstrations" or o.num_demonstrations or o.demo_format != "text"
+            or not o.chat_template,
+            "without demonstrations (--num-demonstrations 0) [D; q] is the question in the chat "
+            "template, which --demo-format text leaves out")
     require(o.batch_size % o.mini_batch_size == 0,
             f"a batch of {o.batch_size} questions does not divide into mini-batches of "
             f"{o.mini_batch_size}")

@@ -58,6 +58,7 @@ from options import (
     samples_of,
     stop_strings,
     template_arguments,
+    without_effect,
 )
 from overlap import normalise
 from reward import Notes, extract_answer, make_scorer, references
@@ -68,11 +69,11 @@ from runs import (
     check_settings,
     claim_folder,
     find_model,
-    format_of_run,
     give_back,
     load_checkpoint,
     read_model,
     remove,
+    settings_of_run,
     write_settings,
 )
 from timing import find_card, read_cards, time_table
@@ -87,8 +88,9 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
         vocab_size=model.config.vocab_size, template_args=template_arguments(o.template_args),
         stop=stop_strings(o))
     if o.demo_format == "auto" and o.chat_template:
-        builder = best_builder(build, format_of_run(o.model)
-                               or (model.generation_config or {}).get("demo_format"))
+        run = settings_of_run(o.model)
+        builder = best_builder(build, format_in(run) if run else
+                               (model.generation_config or {}).get("demo_format"))
     else:
         builder = build(demo_format="text" if o.demo_format == "auto" else o.demo_format)
     o.demo_format = cast(Any, builder.demo_format)
@@ -185,6 +187,11 @@ def prepare(arguments: list[str]) -> Run:
     require(o.output_dir or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)),
             "torchrun --max-restarts needs --output-dir: the processes that it starts again would "
             "not know which run is theirs")
+    # The agents of several nodes count restarts apart, so the processes would wait for one another.
+    require(not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+            or int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1,
+            "torchrun --max-restarts is for one node: with several, leave it out, and after a "
+            "failure give the same command with --resume")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         o.resume = True
     init_distributed(o.device)
@@ -193,7 +200,11 @@ def prepare(arguments: list[str]) -> Run:
         if claim.saved:
             o = parse_training(arguments, claim.saved)
         processes, _ = read_cards(o) or (world_size(), 0)
-        run = _prepare_in(claim.folder, claim.saved, resolve(o, processes))
+        given, o = replace(o), resolve(o, processes)
+        idle = [] if claim.saved else without_effect(given, o)
+        if idle and is_main():
+            print(f"warning: without effect: {', '.join(idle)}", file=sys.stderr)
+        run = _prepare_in(claim.folder, claim.saved, o)
     except BaseException:
         if is_main():
             give_back(claim)
@@ -419,6 +430,9 @@ def select_data(o: TrainingOptions, builder: PromptBuilder, problems: list[Probl
         problems = keep_admitted(problems, "training problems", demonstrations, left_out)
         left_out += [f"left out: {count} demonstrations {reason}"
                      for reason, count in demonstrations.excluded.items() if count]
+        if demonstrations.never_together:
+            left_out.append(f"{demonstrations.never_together} demonstrations contain a question "
+                            f"and are never drawn for it")
     require(len(problems) >= o.batch_size,
             f"{len(problems)} training problems are fewer than --batch-size {o.batch_size}")
     if is_main():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from curves import draw, read_metrics
-from distributed import Totals, barrier, gather_lists, is_main, on_main
+from distributed import Totals, barrier, gather_lists, is_main, largest, on_main
 from files import append_lines
 from model_card import write_card
 from runs import how_to_go_on
@@ -64,7 +64,7 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
         "errs_accept_rate": per(s["accepted"], s["count_off"]), "bonus": batch.bonus,
         "entropy": per(mean["entropy"], mean["on_policy"]),
         **{name: mean[name] for name in ("clip_fraction", "clip_fraction_off", "off_policy_share")},
-        "ratio_max": max(u["ratio_max"] for u in updates),
+        "ratio_max": largest(u["ratio_max"] for u in updates),
         # In the first update θ is still θ_old.
         "logprob_gap": updates[0]["logprob_gap"] if gap is None else gap,
         "clip_at_start": per(updates[0]["beyond"], updates[0]["on_policy"]),
@@ -76,7 +76,7 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
         "truncated_off": per(s["cut_off"], s["count_off"]),
         "tokens_sampled": s["sampled"],
         "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "tokens_per_second": (s["tokens_on"] + s["tokens_off"]) / sum(seconds),
+        "tokens_per_second": s["sampled"] / sum(seconds),
         "step_seconds": sum(seconds),
         **dict(zip(("rollout_seconds", "reward_seconds", "update_seconds"), seconds, strict=True)),
         "prefill_seconds": s["prefill_seconds"], "decode_seconds": s["decode_seconds"],

@@ -87,7 +87,7 @@ def claim_folder(options: TrainingOptions) -> Claim:
                 require(options.resume, f"{folder} already holds a run: go on with it (--resume) "
                         f"or give another --output-dir")
                 return _claim(folder, _saved_settings(folder))
-            require(not folder.is_dir() or not any(folder.iterdir()),
+            require(not folder.is_dir() or _is_empty(folder),
                     f"{folder} holds files that are no run of this script; give another "
                     f"--output-dir")
             return _claim(folder, None, options.resume)
@@ -99,10 +99,14 @@ def claim_folder(options: TrainingOptions) -> Claim:
             return _claim(taken[-1], _saved_settings(taken[-1]))
     for folder in numbered(default):
         with _usable(folder), contextlib.suppress(InUse):   # another start may have taken it
-            # A start that was killed may leave an empty folder.
-            if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+            if not folder.exists() or folder.is_dir() and _is_empty(folder):
                 return _claim(folder, None, options.resume)
     raise AssertionError("the names are endless")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether it holds nothing but what a start that was killed may leave."""
+    return all(file.name == ".config.yaml.partial" for file in folder.iterdir())
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:
@@ -232,7 +236,7 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     """Writes config.yaml and fingerprint.json; drops metrics and samples after step `steps`.
 
     A resumed run makes those steps again. Without a checkpoint it begins anew, and the earlier
-    files are renamed, with a message.
+    files are renamed, with a message. A run that goes on beyond its end has no final/ until then.
     """
     settings = {name: value for name, value in asdict(options).items()
                 if name not in ("resume", "output_dir", "dry_run", "cards")}
@@ -240,6 +244,8 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal
         write_object(fingerprint, _fingerprint(options))
+    if steps < options.steps:   # the model of fewer --steps; the checkpoint holds it, too
+        shutil.rmtree(folder / "final", ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         rows = read_lines(file)
@@ -419,15 +425,18 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
     return embedded(read_settings(config)["model"], "model"), folder
 
 
-def format_of_run(path: str) -> str | None:
-    """--demo-format of the run that this is, or of which it is a model or a checkpoint, if any."""
+def settings_of_run(path: str) -> dict[str, Any]:
+    """The settings of the run that this is, or of which it is a model or a checkpoint, else {}."""
+    folder = _run_of(path)
+    return _saved_settings(folder) if (folder / "config.yaml").is_file() else {}
+
+
+def _run_of(path: str) -> Path:
+    """The folder of the run that `path` would be, or of which it would be a part."""
     folder = Path(path)
     if folder.name in ("final", "best"):
-        folder = folder.parent
-    elif folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
-    config = folder / "config.yaml"
-    return format_in(read_settings(config)) if config.is_file() else None
+        return folder.parent
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -613,6 +622,7 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
         return Path(options.output), open_output(Path(options.output), options, cases)
     default = default_output(options.model)
     default.parent.mkdir(exist_ok=True)
+    _check_folder(default)   # in a folder that cannot be written, no name would do
     for output in numbered(default):
         with contextlib.suppress(ValueError):
             check_output(output)
@@ -622,28 +632,28 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
 
 def default_output(model: str) -> Path:
     """eval.jsonl in the run that is evaluated, or evals/MODEL.jsonl for another model."""
-    folder = Path(model)
-    if folder.name in ("final", "best"):
-        folder = folder.parent
-    elif folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
+    folder = _run_of(model)
     if (folder / "config.yaml").is_file():
         return folder / "eval.jsonl"
     return Path("evals") / f"{Path(model).resolve().name}.jsonl"
 
 
-def check_output(output: Path) -> None:
-    """Raises ValueError for a file of samples that an evaluation cannot write, or must not."""
-    about, picture, folder = (output.with_suffix(".json"), output.with_suffix(".png"),
-                              output.absolute().parent)
+def _check_folder(output: Path) -> None:
+    folder = output.absolute().parent
     require(folder.is_dir(), f"there is no folder {folder} for --output")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
-        written = output.is_file() and output.stat().st_size
     except OSError as error:
         raise ValueError(f"{output} cannot be written ({error.strerror}): give another "
                          f"--output") from None
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError for a file of samples that an evaluation cannot write, or must not."""
+    _check_folder(output)
+    about, picture = output.with_suffix(".json"), output.with_suffix(".png")
+    written = output.is_file() and output.stat().st_size
     for file in (output, about, picture):
         require(not file.is_symlink() and (file.is_file() or not file.exists()),
                 f"{file} is no plain file, so the evaluation is not written there: give another "

@@ -272,7 +272,7 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
 
     Returns the largest difference to the sampler's, over all processes.
     """
-    gap, o, responses = 0.0, run.options, [r for r in responses if r.sampled]
+    gaps, o, responses = [0.0], run.options, [r for r in responses if r.sampled]
     for rows in distributed.micro_batches(
             [len(r.behaviour_prompt) + len(r.sampled) for r in responses], o.micro_batch_tokens):
         micro = [responses[i] for i in rows] or [_ROW]
@@ -280,8 +280,8 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
         logprobs, _ = response_logprobs(run.model, packing, o.temperature)
         for response, row in zip(micro, logprobs.tolist() if rows else (), strict=False):
             old, response.old_logprobs = response.old_logprobs, fold(row, response)
-            gap = max(gap, *(abs(a - b) for a, b in zip(response.old_logprobs, old, strict=True)))
-    return max(distributed.gather_objects(gap))
+            gaps.append(distributed.largest(abs(a - b) for a, b in zip(response.old_logprobs, old)))
+    return distributed.largest(distributed.gather_objects(distributed.largest(gaps)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def main() -> None:
     runs.begin_program()
     try:
         run = prepare(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         end_with_mistake("train.py", error)
     with runs.messages_on_exit(run.folder):
         train(run)

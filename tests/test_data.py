@@ -10,9 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 from data import Demonstrations, Problem, PromptBuilder, load_problems
 from make import make_tokenizer
-from options import INSTRUCTION, parse_training, resolve
+from options import INSTRUCTION, format_in, parse_training, resolve
 from prepare import make_builder
-from runs import format_of_run
+from runs import settings_of_run
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +153,13 @@ def test_the_form_of_demonstrations_is_that_of_the_run_that_made_the_model(tmp_p
     model = tmp_path / "run"
     for folder in ("final", "checkpoints/step-2", "elsewhere"):
         (model / folder).mkdir(parents=True)
-    assert format_of_run(str(model)) is None
+    assert settings_of_run(str(model)) == {}
     for settings, form in (("demo_format: text", "text"), ("demo_chat_template: false", "text"),
                            ("demo_chat_template: true", "one-turn"), ("seed: 0", "one-turn")):
         (model / "config.yaml").write_text(settings)
-        assert {format_of_run(str(each)) for each in (
+        assert {format_in(settings_of_run(str(each))) for each in (
             model, model / "final", model / "checkpoints" / "step-2")} == {form}
-    assert format_of_run(str(model / "elsewhere")) is None and format_of_run("tiny") is None
+    assert settings_of_run(str(model / "elsewhere")) == settings_of_run("tiny") == {}
 
 
 def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):
@@ -193,7 +193,7 @@ def test_a_demonstration_that_contains_the_question_is_never_drawn_for_it(tokeni
             Problem("What is 3 + 5?", "8", "8"), Problem("What is 2 + 2?", "4", "4")]
     drawn_from = demonstrations(tokenizer, pool, k=2)
     assert drawn_from.admit([question]) == [question]
-    assert drawn_from.excluded["that contain the question (never drawn for it)"] == 2
+    assert drawn_from.never_together == 2
     draws = [drawn_from.draw(question, random.Random(seed))[0] for seed in range(20)]
     assert all(sorted(d.problem for d in draw) == ["What is 2 + 2?", "What is 3 + 5?"]
                for draw in draws)

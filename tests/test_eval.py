@@ -15,13 +15,15 @@ from processes import run as run_script
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 import curves
 import pilot
+import runs
 import train
 from data import Demonstrations, PromptBuilder, load_problems
 from eval import evaluate
 from make import make_tokenizer
 from model_utils import load_model
-from options import METHODS, PAPER, EvaluationOptions
+from options import METHODS, PAPER, EvaluationOptions, parse_evaluation
 from prepare import compared_formats, load_any_model, prepare_evaluation
+from runs import settings_of_run
 from summary import interval, print_table, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -411,6 +413,44 @@ def test_curves_name_the_systems_and_their_legend_covers_no_line(tmp_path, monke
         runs = [tmp_path / method for method in METHODS][-count:]
         _, names = drawn(monkeypatch, curves, runs, tmp_path / "out.png")
         assert names == ["GRPO", "LUFFY", "LUFFY (release)", "ICPO", "ICPO†"][-count:]
+
+
+def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypatch):
+    """Seeds are one line; a reward beyond 0 to 1 is not cut off."""
+    systems = [("seed: 0", "errs: true"), ("seed: 1", "errs: true"), ("seed: 0", "errs: false")]
+    for number, settings in enumerate(systems):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.yaml").write_text("\n".join(["method: icpo", *settings]))
+        (tmp_path / str(number) / "metrics.jsonl").write_text('{"step": 1, "reward_on": -1.5}\n')
+    figure, names = drawn(monkeypatch, curves, [tmp_path / name for name in "012"],
+                          tmp_path / "out.png")
+    assert names == ["ICPO --errs true, 2 seeds", "ICPO --errs false"]
+    low, high = figure.axes[1].get_ylim()
+    assert low < -1.5 < high
+
+
+def test_an_evaluation_of_a_run_asks_as_the_run_did(tmp_path, capsys):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "config.yaml").write_text(
+        "answer_format: gsm8k\ninstruction: Think.\nstop: [a, b]\nmax_new_tokens: 100\nseed: 3\n")
+    model = str(tmp_path / "final")
+    found = parse_evaluation(["--model", model, "--instruction", "Reason."], "", settings_of_run)
+    assert found == EvaluationOptions(model=model, answer_format="gsm8k", instruction="Reason.",
+                                      stop=["a", "b"], max_new_tokens=100)
+    said = capsys.readouterr().err.strip()
+    assert set(said.removeprefix("as the run was trained: ").split(", ")) == {
+        "--stop a b", "--answer-format gsm8k", "--max-new-tokens 100"}
+    assert parse_evaluation(["--model", "tiny"], "", settings_of_run) == EvaluationOptions()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    monkeypatch.setattr(runs.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="cannot be written .Read-only file system.: give another"):
+        runs.find_output(EvaluationOptions(model=str(tmp_path)), [])
 
 
 def test_curves_are_read_summarised_and_drawn(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 
@@ -30,7 +31,14 @@ import runs
 import train as trainer
 from distributed import AdamW, learning_rate, micro_batches, round_at_random
 from model_utils import load_model
-from options import TrainingOptions, hasten_imports, parse_training, resolve
+from options import (
+    METHODS,
+    TrainingOptions,
+    hasten_imports,
+    parse_training,
+    resolve,
+    without_effect,
+)
 from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -364,6 +372,30 @@ def test_a_run_without_checkpoints_begins_anew_and_keeps_its_metrics(whole_run, 
         assert kept == (whole_run / f"{name}.jsonl").read_text()
 
 
+def test_a_start_that_was_killed_is_no_run_of_another(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.partial").write_text("model: ti")
+    assert prepare(tmp_path / "run", "--resume").start == 0
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_beyond_its_end_has_no_final_model_until_then(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    prepare(folder, "--resume", "--steps", "6")
+    assert not (folder / "final").exists()
+    assert runs.find_model(str(folder))[1] == folder / "checkpoints" / "step-4"
+
+
 def test_a_run_killed_in_the_middle_goes_on(whole_run, tmp_path):
     folder = tmp_path / "killed"
     script = Script("train.py", *SMALL, "--checkpoint-every", 1, "--output-dir", folder)
@@ -398,27 +430,23 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
                for name, tensor in weights_of(whole_run).items())
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_worker_restarts_or_ends_the_run(tmp_path, restarts):
-    """torchrun starts the processes again and they resume the run; without restarts it ends all of
-    them soon."""
+def test_killed_workers_restart_as_often_as_they_may(tmp_path):
+    """torchrun starts the processes again and they resume the run; when no restart is left, it ends
+    all of them soon."""
     folder = tmp_path / "run"
-    command = torchrun("--max-restarts", restarts, ROOT / "train.py", *SMALL, "--eval-every", "0",
-                       "--checkpoint-every", "1", "--output-dir", folder, processes=2)
+    command = torchrun("--max-restarts", 1, ROOT / "train.py", *SMALL, "--steps", "1000",
+                       "--eval-every", "0", "--checkpoint-every", "1", "--output-dir", folder,
+                       processes=2)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-1").is_dir():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    worker = psutil.Process(process.pid).children()[-1]
-    worker.kill()
+    for step in (1, 3):   # step 3 is that of the restarted processes
+        while not (folder / "checkpoints" / f"step-{step}").is_dir():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        psutil.Process(process.pid).children()[-1].kill()
     said, _ = process.communicate(timeout=60)
-    if restarts:
-        assert process.returncode == 0, said
-        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4]
-        assert (folder / "final").is_dir()
-    else:
-        assert process.returncode == 1 and "exitcode  : -9" in said
+    assert process.returncode == 1 and "exitcode  : -9" in said
+    assert [row["step"] for row in metrics_of(folder)][:3] == [1, 2, 3]
 
 
 LIMITED = '''
@@ -495,6 +523,14 @@ def test_restarts_need_the_name_of_the_folder(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="--max-restarts needs --output-dir"):
         trainer.prepare(SMALL)
+
+
+def test_restarts_are_for_one_node(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--max-restarts is for one node"):
+        prepare(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_whose_responses_are_all_cut_off_and_masked_changes_little(tmp_path):
@@ -637,6 +673,15 @@ def test_a_run_whose_responses_are_all_cut_off_warns(tmp_path, capsys):
         capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("values", [[math.nan, 0.5], [0.5, math.nan], [math.nan]])
+def test_the_largest_of_values_with_nan_is_nan(values):
+    totals = distributed.Totals()
+    for value in values:
+        totals.maximum(gap=torch.tensor(value))
+    assert math.isnan(totals.over_processes()["gap"])
+    assert distributed.largest([0.25, 0.5, 0.0]) == 0.5
+
+
 def test_rounding_at_random_keeps_the_mean():
     x = torch.full((100_000,), 1 + 2 ** -9)   # x is 1/4 of the way from 1 to the next bfloat16
     rounded = round_at_random(x, seed=0)
@@ -673,6 +718,8 @@ def test_a_run_folder_holds_all_files_and_metrics(whole_run):
                 "slot_occupancy", "wasted_positions"}
     assert all(promised <= row.keys() for row in rows)
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4]
+    assert [row["tokens_per_second"] * row["step_seconds"] for row in rows] == pytest.approx(
+        [row["tokens_sampled"] for row in rows])
     assert "eval_accuracy_before" in rows[0]
     assert max(row["logprob_gap"] for row in rows) < 1e-4   # sampler and trainer compute the same
     load_model(whole_run / "final")
@@ -936,6 +983,46 @@ def test_the_command_line_overrides_a_configuration_file(tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("of_file", METHODS)
+def test_what_a_file_implies_gives_way_to_the_command_line(tmp_path, of_file, method):
+    """config.yaml of a run has every option as resolved."""
+    file = tmp_path / "config.yaml"
+    left_out = ("resume", "output_dir", "dry_run", "cards")
+    settings = asdict(resolve(parse_training(["--method", of_file, "--lr-schedule", "linear"])))
+    file.write_text(yaml.safe_dump({name: value for name, value in settings.items()
+                                    if name not in left_out}))
+    more = ["--lr-schedule", "linear", "--method", method, "--steps", "90", "--batch-size", "32"]
+    assert resolve(parse_training([str(file), *more])) == resolve(parse_training(more))
+
+
+def test_what_a_file_says_beside_its_method_stays(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("method: icpo\nerrs: false\nshaping_lambda: 0.1\nmini_batch_size: 4\n")
+    found = resolve(parse_training([str(file), "--method", "icpo-rs", "--batch-size", "32"]))
+    assert (found.errs, found.rs, found.shaping_lambda, found.mini_batch_size) == (
+        False, True, 0.1, 4)
+
+
+@pytest.mark.parametrize("arguments, names", [
+    (["--method", "grpo", "--n-off", "3", "--num-demonstrations", "2", "--shaping-lambda", "0.1"],
+     ["--n-off 3", "--num-demonstrations 2", "--shaping-lambda 0.1"]),
+    (["--alpha", "3", "--lr-decay-steps", "10"], ["--alpha 3.0", "--lr-decay-steps 10"]),
+    (["--method", "luffy", "--demonstrations", "x"], ["--demonstrations x"]),
+    (["--method", "icpo-rs", "--alpha", "3", "--steps", "9", "--bonus-steps", "4"], []),
+    *((["--method", method, *more], []) for method in METHODS for more in ([], ["--steps", "7"])),
+])
+def test_options_without_effect_are_named(arguments, names):
+    given = parse_training(arguments)
+    found = without_effect(given, resolve(replace(given)))
+    assert [each.partition(" (")[0] for each in found] == names
+
+
+def test_a_run_says_which_options_have_no_effect(tmp_path, capsys):
+    prepare(tmp_path / "run", "--alpha", "3")
+    assert "warning: without effect: --alpha 3.0 (--rs is false)\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")),
                          ids=lambda file: file.stem)
 def test_every_configuration_is_valid(file):
@@ -972,7 +1059,7 @@ def test_exclusions_are_counted_and_reported(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "left out: 1 of 22 training problems with a prompt over 512 tokens" in said
     assert "left out: 1 of 21 training problems that are held-out ones too" in said
-    assert "left out: 2 demonstrations that contain the question (never drawn for it)" in said
+    assert "2 demonstrations contain a question and are never drawn for it" in said
     assert len(run.problems) == 20
 
 

@@ -28,8 +28,10 @@ def find_folder(path: str, weights: bool = True) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=[
-            "*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights]))
+        # Some repositories hold the weights once more, in a form of their own or in subfolders.
+        return Path(snapshot_download(path, ignore_patterns=["*/*", "consolidated*"],
+                                      allow_patterns=["*.json", "*.jinja", "*.txt", "*.model",
+                                                      *["*.safetensors"] * weights]))
     except Exception as error:
         raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub "
                          f"did not give one of that name ({brief(error)})") from error
@@ -139,7 +141,8 @@ def _tensor_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map that names the files of the tensors")
         files = sorted({folder / name for name in names.values()})
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        usual = folder / "model.safetensors"
+        files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file; convert the model with "
                          f"transformers' save_pretrained")

@@ -55,7 +55,7 @@ def faster_sampling(model: "Transformer"):
         with torch.inference_mode(False), torch.no_grad():
             if cpu and wide:
                 model.cached_attention = attention_of_few(model.cached_attention)
-            if cpu and not wide:
+            if cpu and model.dtype.itemsize < 4:
                 model.logits = wide_product(model.head.detach())
             elif groups and model.config.tie_embeddings:   # the embeddings stay where they are
                 model.logits = _product(model.head.detach(), None)

@@ -166,8 +166,11 @@ class Plan:
 
     @property
     def _prefill(self) -> float:
-        c, positions = self.config, max(PREFILL_POSITIONS, self.options.max_prompt_length)
-        return self.width * positions * (4 * c.intermediate_size + 6 * c.hidden_size)
+        c, longest = self.config, self.options.max_prompt_length
+        # Each query head of a prompt behind a prefix has a mask of its own, see Transformer.extend.
+        mask = PREFILL_POSITIONS * c.num_heads // c.num_kv_heads * longest
+        positions = max(PREFILL_POSITIONS, longest)
+        return self.width * (positions * (4 * c.intermediate_size + 6 * c.hidden_size) + mask)
 
     @property
     def kept(self) -> float:

@@ -6,16 +6,18 @@ def normalise(text: str) -> str:
     return "".join(text.split()).casefold()
 
 
-def find_questions(questions: list[str], texts: list[str],
-                    prefix: int = 32) -> dict[str, set[int]]:
+PREFIX = 32   # characters
+
+
+def find_questions(questions: list[str], texts: list[str]) -> dict[str, set[int]]:
     """For each question that occurs in some text, the indices of those texts.
 
-    It looks up every window of a text among the questions' first `prefix` characters, so the time
+    It looks up every window of a text among the questions' first PREFIX characters, so the time
     grows with the length of the texts, not with texts times questions.
     """
     by_length: dict[int, dict[str, list[str]]] = {}
     for question in set(questions):
-        head = question[:prefix]
+        head = question[:PREFIX]
         by_length.setdefault(len(head), {}).setdefault(head, []).append(question)
     found: dict[str, set[int]] = {}
     for index, text in enumerate(texts):

@@ -136,8 +136,7 @@ def _reference(answer: str, answer_format: str) -> str:
     return (worked or answer).strip()   # GSM8K's references may be worked solutions
 
 
-def count_votes(groups: list[list[str | None]], timeout: float = 5.0,
-                workers: int | None = None) -> list[dict[str, int]]:
+def count_votes(groups: list[list[str | None]], timeout: float = 5.0) -> list[dict[str, int]]:
     """For each group of answers, the votes for each answer, which stands for those equal to it.
 
     An empty answer and None are no votes. Algebra compares only the VOTES commonest of a group.
@@ -160,7 +159,7 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0,
         counts.append(found)
         doubts.append([pair for pair in unsure if common.issuperset(pair)])
     pairs = [pair for each in doubts for pair in each]
-    verdicts = iter(compare(pairs, timeout, workers) if pairs else [])
+    verdicts = iter(compare(pairs, timeout) if pairs else [])
     for found, each in zip(counts, doubts, strict=True):
         for (answer, other), verdict in zip(each, verdicts, strict=False):
             if verdict is True and answer in found and other in found:
@@ -168,8 +167,7 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0,
     return [dict(found) for found in counts]
 
 
-def find_unclear(answers: Sequence[str], timeout: float = 5.0,
-                 workers: int | None = None) -> list[str]:
+def find_unclear(answers: Sequence[str], timeout: float = 5.0) -> list[str]:
     """Those references that are not understood, or are not equal to themselves but as text."""
     unclear, hard = set(), []
     for reference in set(answers):
@@ -179,7 +177,7 @@ def find_unclear(answers: Sequence[str], timeout: float = 5.0,
         except NeedsAlgebra:
             hard.append((reference, None))
     if hard:
-        verdicts = compare(hard, timeout, workers)
+        verdicts = compare(hard, timeout)
         unclear |= {reference for (reference, _), verdict in zip(hard, verdicts, strict=True)
                     if verdict is not True}
     return [reference for reference in answers if reference in unclear]

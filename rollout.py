@@ -173,7 +173,9 @@ def _queue(prompts, keys, stop_at) -> list[_Sequence]:
                 while common and common[-1][0] >= shared:
                     leader = common.pop()[1]
                 common.append((shared, leader))
-            if shared < SHARE_AT_LEAST and shared < len(prompts[p]):
+            rest = len(prompts[p]) - shared
+            # A mask for each position of a long rest behind a prefix would take much memory.
+            if rest and shared < SHARE_AT_LEAST or rest > PREFILL_POSITIONS:
                 leader, shared = None, 0
             queue.append(_Sequence(offsets[p] + number, prompts[p], key, leader, shared,
                                    stop_at=stop_at[p]))
@@ -203,8 +205,9 @@ class Sampler:
 
     On a GPU the tensors keep their addresses from one rollout to the next, so that CUDA graphs may
     refer to them. slots: sequences at the same time, at most. max_length: positions of each, prompt
-    and response together, at most. compile: put the decode step through torch.compile. Raises
-    ValueError, with the numbers, where the cache does not fit.
+    and response together, at most. compile: put the decode step through torch.compile. keep: on a
+    GPU, hold the model of the graphs, see `prepare`. Raises ValueError, with the numbers, where
+    the cache does not fit.
     """
     # `prepare` allocates these and `release` frees them; on a CPU for what a rollout needs alone.
     cache: KVCache

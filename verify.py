@@ -101,7 +101,7 @@ _lock = threading.Lock()
 
 
 def compare(pairs: Sequence[tuple[str, str | None]], timeout: float,
-            workers: int | None) -> list[bool | str | None]:
+            workers: int | None = None) -> list[bool | str | None]:
     """answers.equal of each pair (given, answer), or LIMIT where a limit was passed.
 
     An answer None asks for answers.understood(given) instead.
@@ -174,21 +174,20 @@ def _forget_workers() -> None:
     _lock = threading.Lock()
 
 
-def run_bounded(function: Callable[[], str], seconds: float = 10.0,
-                memory: int = MEMORY_LIMIT) -> str:
+def run_bounded(function: Callable[[], str], seconds: float = 10.0) -> str:
     """What `function` returns in a fork of this process, which ends with it.
 
     Raises ValueError with the message of an exception in it, and where it takes more than so many
-    seconds or bytes. The limit on memory holds on Linux.
+    seconds or MEMORY_LIMIT bytes. The limit on memory holds on Linux.
     """
     def run() -> list:
         with contextlib.suppress(OSError, ValueError):
             held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_DATA, (held + memory, held + memory))
+            resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY_LIMIT, held + MEMORY_LIMIT))
         try:
             return [function(), ""]
         except MemoryError:
-            return ["", f"it takes more than {memory / 2 ** 30:g} GiB"]
+            return ["", f"it takes more than {MEMORY_LIMIT / 2 ** 30:g} GiB"]
         except BaseException as error:
             return ["", str(error) or type(error).__name__]
 

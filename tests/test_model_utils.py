@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import filter_repo_objects
 from processes import ROOT
 from processes import run as run_script
 from safetensors.torch import load_file, save_file
@@ -32,9 +33,11 @@ from transformers import (
     SmolLM3Config,
 )
 
+import hf_folders
 import machine
 import model_utils
 from distributed import gather_model, wrap_blocks
+from hf_folders import find_folder
 from machine import faster_sampling
 from model_utils import (
     KVCache,
@@ -288,6 +291,21 @@ def test_a_sharded_folder_is_loaded(tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = random_tokens(2, 20)
     assert_close(load_model(tmp_path)[0](tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_other_copies_of_the_weights_are_neither_loaded_nor_read(tmp_path, monkeypatch):
+    hf = make_folder(tmp_path, make_config(hidden_size=64))
+    save_file({"layers.0.wq": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
+    tokens = random_tokens(2, 20)
+    assert_close(load_model(tmp_path)[0](tokens), hf(tokens).logits, atol=1e-4, rtol=0)
+
+    wanted = {}
+    monkeypatch.setattr(hf_folders, "snapshot_download",
+                        lambda path, **patterns: wanted.update(patterns) or tmp_path)
+    find_folder("someone/model")
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "model.gguf", "README.md"]
+    assert list(filter_repo_objects(names + others, **wanted)) == names
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,6 +1,7 @@
 """These tests compare sampling with transformers' generate and with distributions that they compute
 from the full logits."""
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -317,6 +318,27 @@ def test_shared_prefixes_are_prefilled_once(shared, slots, shuffled, model):
     work = sampler.work
     assert work.positions - work.wasted_positions == (
         work.sequence_steps + distinct_prefixes(sorted(prompts), 32))
+
+
+def test_a_long_rest_behind_a_prefix_needs_no_mask(model, monkeypatch):
+    """A mask would take memory that grows with the square of the rest."""
+    prompts = [LONG + [1], LONG + [2, *[3] * 9]]
+    expected = generate(model, prompts, max_new_tokens=4)
+    monkeypatch.setattr(rollout, "PREFILL_POSITIONS", 9)
+    starts, extend = [], model.extend
+    monkeypatch.setattr(model, "extend", lambda tokens, cache, slots, start=None, span=None: (
+        starts.append(start) if slots is not None else None,
+        extend(tokens, cache, slots, start, span))[1])
+    found = generate(model, prompts, max_new_tokens=4)
+    assert starts == [None, None] and tokens_of(found) == tokens_of(expected)
+
+
+def test_a_model_in_float64_is_sampled_in_float64(model):
+    wide = copy.deepcopy(model).double()
+    for mine, other in zip(generate(wide, PROMPTS, max_new_tokens=4),
+                           generate(model, PROMPTS, max_new_tokens=4), strict=True):
+        assert mine.tokens == other.tokens
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 7, 24])

@@ -59,7 +59,7 @@ def draw(runs: list[Path], output: Path) -> None:
     for run in map(Path, runs):
         mine = settings[run]
         alike = [each for each in settings.values() if each.get("method") == mine.get("method")]
-        differing = [f"{flag(name)} {str(value).lower()}" for name, value in mine.items()
+        differing = [f"{flag(name)} {value}" for name, value in mine.items()
                      if any(each.get(name, value) != value for each in alike)]
         label = " ".join([LABELS.get(mine.get("method", ""), run.name), *differing])
         groups.setdefault(label, []).append(read_metrics(run))
@@ -75,13 +75,18 @@ def _settings(run: Path) -> dict:
     if not config.is_file():
         return {}
     found = read_settings(config)
+    found |= {name: 0 for name, base in IMPLIED.items() if found.get(name) == found.get(base)}
     own = {each.name for each in fields(TrainingOptions)
            if each.metadata["group"] in GROUPS[:5] and not each.metadata["free"]}
-    for name, base in IMPLIED.items():   # where it is what follows from the other option
-        if found.get(name) == found.get(base):
-            own -= {name}
-    return {name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
-            for name, value in found.items() if name in own - {"steps"}}
+    own = own - {"steps"} | {"reward", "answer_format"}
+
+    def shown(value) -> str:
+        if isinstance(value, list):
+            return " ".join(map(shown, value))
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        return Path(text).name if text.startswith("/") else text   # it may be elsewhere now
+
+    return {name: shown(value) for name, value in found.items() if name in own}
 
 
 def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]],

@@ -62,9 +62,9 @@ def init_distributed(device: str = "auto", needed: bool = False) -> torch.device
             # processes that are gone.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart {restart}", store)
-            # A process may sample or score for long after others. One that dies is found at once.
+            # A process may sample or score for much longer than others.
             dist.init_process_group(backend, store=store, rank=number, world_size=size,
-                                    timeout=timedelta(hours=6))
+                                    timeout=timedelta(hours=2))
         elif needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if on_gpu and not enough:   # the processes know one another now, so one of them says it

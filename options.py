@@ -521,8 +521,9 @@ def parse_evaluation(arguments: Sequence[str], about: str,
     if settings_of is None:
         return found
     usual = EvaluationOptions()
+    without_template = () if found.chat_template else ("system", "template_args")
     settings = {name: value for name, value in settings_of(found.model).items()
-                if name in ASKED and value != getattr(usual, name)}
+                if name in ASKED and name not in without_template and value != getattr(usual, name)}
     found = parser.parse(_as_arguments(settings) + list(arguments))
     taken = [f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
              for name, value in settings.items() if value == getattr(found, name)]
@@ -603,11 +604,11 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
                    for part in parts):
                 form = "a value or a list of values" if several else "one value"
                 parser.error(f"{file}: {name} must be {form}, not {value!r}")
-        own = parser.parse(_as_arguments(settings))
-        found = parser.parse(_as_arguments(settings) + arguments[1:])
-        implied = _implied(own, found)
-        arguments = _as_arguments({name: value for name, value in settings.items()
-                                   if name not in implied}) + arguments[1:]
+        if (file.parent / "fingerprint.json").is_file():   # of a run
+            own = parser.parse(_as_arguments(settings))
+            found = parser.parse(_as_arguments(settings) + arguments[1:])
+            settings = {name: settings[name] for name in settings.keys() - _implied(own, found)}
+        arguments = _as_arguments(settings) + arguments[1:]
     arguments = _as_arguments(saved or {}) + arguments
     found = parser.parse(arguments)
     if found.method == "luffy-release":
@@ -616,8 +617,8 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
 
 
 def _implied(own: TrainingOptions, found: TrainingOptions) -> set[str]:
-    """The options of a file that only state what others of the file imply, where the command line
-    changes those others. config.yaml of a run has them all.
+    """The options in config.yaml of a run that only state what others imply, where the command line
+    changes those others.
 
     own: what the file says alone; found: the same with the command line.
     """
@@ -630,24 +631,22 @@ def _implied(own: TrainingOptions, found: TrainingOptions) -> set[str]:
                     if getattr(found, base) != getattr(own, base) == getattr(own, name)}
 
 
-def without_effect(given: TrainingOptions, resolved: TrainingOptions) -> list[str]:
-    """The options that were set and change nothing, with the reason. given: before `resolve`."""
-    off_policy = ["num_demonstrations", "demonstrations", "demo_min_chars"]
-    idle: list[tuple[str, list[str]]] = []
-    if resolved.off_policy == "none":
-        idle.append(("there are no off-policy responses", [
-            "n_off", *off_policy, "off_policy_when", "off_policy_denominator", "shaping_lambda",
-            "group", "clip_off_policy"]))
-    elif resolved.off_policy == "dataset":
-        idle.append(("off-policy responses come from the data", off_policy))
-    if not resolved.rs:
-        idle.append(("--rs is false", ["alpha", "bonus_steps", "bonus_decay"]))
-    if resolved.lr_schedule == "constant":
-        idle.append(("--lr-schedule is constant", ["lr_decay_steps"]))
-    usual = resolve(parse_training(["--method", given.method, "--steps", str(given.steps)]))
-    usual.n_off = usual.n_off or TrainingOptions().n_off
-    return [f"{flag(name)} {getattr(given, name)} ({why})" for why, names in idle for name in names
-            if getattr(given, name) not in (None, 0, getattr(usual, name))]
+def without_effect(arguments: Sequence[str], options: TrainingOptions) -> list[str]:
+    """The options on the command line that change nothing, with the reason. options: resolved."""
+    demonstrations = ["num_demonstrations", "demonstrations", "demo_min_chars"]
+    off_policy = ["n_off", "off_policy_when", "off_policy_denominator", "clip_off_policy", "group"]
+    idle = [("there are no off-policy responses", options.off_policy == "none",
+             [*off_policy, *demonstrations]),
+            ("the off-policy responses are the data's", options.off_policy == "dataset",
+             demonstrations),
+            ("--errs is false", not options.errs, ["delta", "errs_strict"]),
+            ("--rs is false", not options.rs, ["alpha", "bonus_steps", "bonus_decay"]),
+            ("--shaping is false", not options.shaping, ["shaping_lambda"]),
+            ("--lr-schedule is constant", options.lr_schedule == "constant", ["lr_decay_steps"])]
+    file = len(arguments) > 0 and arguments[0].endswith((".yaml", ".yml"))
+    given, usual = OptionParser(TrainingOptions, "").parse(arguments[file:]), TrainingOptions()
+    return [f"{flag(name)} {getattr(given, name)} ({why})" for why, holds, names in idle if holds
+            for name in names if getattr(given, name) != getattr(usual, name)]
 
 
 class _OptionLoader(yaml.SafeLoader):
@@ -719,10 +718,6 @@ def resolve(options: TrainingOptions, processes: int = 1) -> TrainingOptions:
     require(o.old_logprobs == "recompute" or (o.top_p == 1 and o.top_k == 0),
             "with --top-p or --top-k the sampler's log-probabilities are not those of the policy "
             "in the objective: give --old-logprobs recompute")
-    require(o.off_policy != "demonstrations" or o.num_demonstrations or o.demo_format != "text"
-            or not o.chat_template,
-            "without demonstrations (--num-demonstrations 0) [D; q] is the question in the chat "
-            "template, which --demo-format text leaves out")
     require(o.batch_size % o.mini_batch_size == 0,
             f"a batch of {o.batch_size} questions does not divide into mini-batches of "
             f"{o.mini_batch_size}")

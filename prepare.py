@@ -200,8 +200,8 @@ def prepare(arguments: list[str]) -> Run:
         if claim.saved:
             o = parse_training(arguments, claim.saved)
         processes, _ = read_cards(o) or (world_size(), 0)
-        given, o = replace(o), resolve(o, processes)
-        idle = [] if claim.saved else without_effect(given, o)
+        resolve(o, processes)
+        idle = without_effect(arguments, o)
         if idle and is_main():
             print(f"warning: without effect: {', '.join(idle)}", file=sys.stderr)
         run = _prepare_in(claim.folder, claim.saved, o)
@@ -250,6 +250,10 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     _check_memory(o.eval_samples * max(map(len, held_out.values())), o,
                   f"--eval-samples {o.eval_samples}")
     builder = make_builder(o, tokenizer, model)
+    require(saved or o.off_policy != "demonstrations" or o.num_demonstrations
+            or builder.demo_format != "text" or not o.chat_template,
+            "without demonstrations (--num-demonstrations 0) [D; q] is the question in the chat "
+            "template, which --demo-format text leaves out: give another form")
     problems, held_out, demonstrations = select_data(o, builder, problems, held_out)
     most = max(map(len, held_out.values()))
     own = CONTEXT if cards else own_memory(device)

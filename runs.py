@@ -41,6 +41,7 @@ from files import (
     write_object,
 )
 from options import (
+    METHODS,
     EvaluationOptions,
     TrainingOptions,
     embedded,
@@ -109,9 +110,11 @@ def _is_empty(folder: Path) -> bool:
     return all(file.name == ".config.yaml.partial" for file in folder.iterdir())
 
 
+_NO_STOP = {"stop": ["none"]}   # of runs and evaluations of earlier versions, which had none
+
+
 def _saved_settings(folder: Path) -> dict[str, Any]:
-    # A run of an earlier version had no stop strings.
-    return {"stop": ["none"]} | with_absolute_paths(read_settings(folder / "config.yaml"))
+    return _NO_STOP | with_absolute_paths(read_settings(folder / "config.yaml"))
 
 
 def _claim(folder: Path, saved: dict | None, resume: bool = False) -> Claim:
@@ -240,12 +243,16 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     """
     settings = {name: value for name, value in asdict(options).items()
                 if name not in ("resume", "output_dir", "dry_run", "cards")}
-    replace_file(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    config, final, aside = (folder / name for name in ("config.yaml", "final", ".final.partial"))
+    end = read_settings(config)["steps"] if config.is_file() else 0
+    if end <= steps < options.steps and final.is_dir():   # the checkpoint holds that model, too
+        shutil.rmtree(aside, ignore_errors=True)   # a kill may have left it
+        final.rename(aside)
+        shutil.rmtree(aside)
+    replace_file(config, yaml.safe_dump(settings, sort_keys=False))
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal
         write_object(fingerprint, _fingerprint(options))
-    if steps < options.steps:   # the model of fewer --steps; the checkpoint holds it, too
-        shutil.rmtree(folder / "final", ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         rows = read_lines(file)
@@ -427,8 +434,10 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
 
 def settings_of_run(path: str) -> dict[str, Any]:
     """The settings of the run that this is, or of which it is a model or a checkpoint, else {}."""
-    folder = _run_of(path)
-    return _saved_settings(folder) if (folder / "config.yaml").is_file() else {}
+    config = _run_of(path) / "config.yaml"
+    settings = read_settings(config) if config.is_file() else {}
+    # Other programs write a config.yaml, too.
+    return _NO_STOP | settings if settings.get("method") in list(METHODS) else {}
 
 
 def _run_of(path: str) -> Path:
@@ -706,7 +715,7 @@ def _differences(old: dict, settings: dict, options, cases: list, found: dict) -
     was = old.get("changed", {})
     if old and (options.demo_format == "text" or not options.chat_template
                 or options.stop != ["auto"]):
-        old = {"stop": ["none"]} | old   # an evaluation of an earlier version had no stop strings
+        old = _NO_STOP | old
     if not any(case.shots for case in cases):
         old = old | {"demo_format": options.demo_format}   # it plays no part
     elif old:

@@ -278,9 +278,9 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
         micro = [responses[i] for i in rows] or [_ROW]
         packing = pack([r.behaviour_prompt for r in micro], [r.sampled for r in micro], run.device)
         logprobs, _ = response_logprobs(run.model, packing, o.temperature)
-        for response, row in zip(micro, logprobs.tolist() if rows else (), strict=False):
-            old, response.old_logprobs = response.old_logprobs, fold(row, response)
-            gaps.append(distributed.largest(abs(a - b) for a, b in zip(response.old_logprobs, old)))
+        for r, row in zip(micro, logprobs.tolist() if rows else (), strict=False):
+            old, r.old_logprobs = r.old_logprobs, fold(row, r)
+            gaps += [abs(a - b) for a, b in zip(old, r.old_logprobs, strict=True)]
     return distributed.largest(distributed.gather_objects(distributed.largest(gaps)))
 
 

@@ -309,6 +309,8 @@ def main(arguments: list[str], run: Callable[[str, Options], list[Figure]] = run
         sys.exit("benchmarks/gpu.py: error: " + (
             f"--parts {' '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}" if unknown
             else "PyTorch sees no GPU"))
+    for number in (signal.SIGTERM, signal.SIGHUP):   # as Ctrl-C, so that they end the part, too
+        signal.signal(number, signal.default_int_handler)
     started, figures = time.perf_counter(), []
     for name in options.parts:
         print(f"{name} …", file=sys.stderr, flush=True)

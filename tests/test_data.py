@@ -156,10 +156,12 @@ def test_the_form_of_demonstrations_is_that_of_the_run_that_made_the_model(tmp_p
     assert settings_of_run(str(model)) == {}
     for settings, form in (("demo_format: text", "text"), ("demo_chat_template: false", "text"),
                            ("demo_chat_template: true", "one-turn"), ("seed: 0", "one-turn")):
-        (model / "config.yaml").write_text(settings)
+        (model / "config.yaml").write_text(f"method: icpo\n{settings}")
         assert {format_in(settings_of_run(str(each))) for each in (
             model, model / "final", model / "checkpoints" / "step-2")} == {form}
     assert settings_of_run(str(model / "elsewhere")) == settings_of_run("tiny") == {}
+    (model / "config.yaml").write_text("model: {path: x}\nmethod: [ppo]\n")   # of another program
+    assert settings_of_run(str(model)) == {}
 
 
 def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):

@@ -417,14 +417,19 @@ def test_curves_name_the_systems_and_their_legend_covers_no_line(tmp_path, monke
 
 def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypatch):
     """Seeds are one line; a reward beyond 0 to 1 is not cut off."""
-    systems = [("seed: 0", "errs: true"), ("seed: 1", "errs: true"), ("seed: 0", "errs: false")]
+    systems = [("seed: 0", "errs: true", "test_data: tiny", "steps: 60\nbonus_steps: 60"),
+               ("seed: 1", "errs: true", "test_data: [/a/tiny]", "steps: 70\nbonus_steps: 70"),
+               ("seed: 0", "errs: true", "test_data: [tiny]", "steps: 60\nbonus_steps: 20"),
+               ("seed: 0", "errs: false", "test_data: [tiny]", "steps: 60\nbonus_steps: 60")]
     for number, settings in enumerate(systems):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.yaml").write_text("\n".join(["method: icpo", *settings]))
         (tmp_path / str(number) / "metrics.jsonl").write_text('{"step": 1, "reward_on": -1.5}\n')
-    figure, names = drawn(monkeypatch, curves, [tmp_path / name for name in "012"],
+    figure, names = drawn(monkeypatch, curves, [tmp_path / name for name in "0123"],
                           tmp_path / "out.png")
-    assert names == ["ICPO --errs true, 2 seeds", "ICPO --errs false"]
+    assert names == [f"ICPO {each}" for each in (
+        "--errs true --bonus-steps 0, 2 seeds", "--errs true --bonus-steps 20",
+        "--errs false --bonus-steps 0")]
     low, high = figure.axes[1].get_ylim()
     assert low < -1.5 < high
 
@@ -432,14 +437,17 @@ def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypat
 def test_an_evaluation_of_a_run_asks_as_the_run_did(tmp_path, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "config.yaml").write_text(
-        "answer_format: gsm8k\ninstruction: Think.\nstop: [a, b]\nmax_new_tokens: 100\nseed: 3\n")
+        "method: icpo\nanswer_format: gsm8k\ninstruction: Think.\nstop: [a, b]\nsystem: Hello\n"
+        "max_new_tokens: 100\nseed: 3\n")
     model = str(tmp_path / "final")
     found = parse_evaluation(["--model", model, "--instruction", "Reason."], "", settings_of_run)
     assert found == EvaluationOptions(model=model, answer_format="gsm8k", instruction="Reason.",
-                                      stop=["a", "b"], max_new_tokens=100)
+                                      stop=["a", "b"], system="Hello", max_new_tokens=100)
     said = capsys.readouterr().err.strip()
     assert set(said.removeprefix("as the run was trained: ").split(", ")) == {
-        "--stop a b", "--answer-format gsm8k", "--max-new-tokens 100"}
+        "--stop a b", "--answer-format gsm8k", "--system Hello", "--max-new-tokens 100"}
+    raw = parse_evaluation(["--model", model, "--chat-template", "false"], "", settings_of_run)
+    assert (raw.instruction, raw.system) == ("Think.", "")
     assert parse_evaluation(["--model", "tiny"], "", settings_of_run) == EvaluationOptions()
 
 

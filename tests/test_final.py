@@ -24,7 +24,8 @@ SMALL = ["--batch-size", "4", "--n-on", "2", "--steps", "3", "--eval-every", "2"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    run = trainer.prepare([*SMALL, "--output-dir", str(folder)])
+    more = ["--output-dir", str(folder), "--template-args", "thinking=false"]
+    run = trainer.prepare([*SMALL, *more])
     trainer.train(run)
     return run
 
@@ -59,6 +60,7 @@ def test_the_model_card_says_how_the_model_was_made(run):
     card = ModelCard.load(final / "README.md")
     assert card.data.library_name == "transformers" and "icpo" in card.data.tags
     assert card.data.pipeline_tag == "text-generation"
+    assert "max_new_tokens=48, tokenizer_encode_kwargs={'thinking': False})[0]" in card.text
     assert card.data.base_model is None   # tiny is a folder, and no name on the hub
     assert (final / "curves.png").read_bytes() == (run.folder / "curves.png").read_bytes()
     assert "](curves.png)" in card.text

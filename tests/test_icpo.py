@@ -234,6 +234,12 @@ def test_mixed_objective_matches_hand_calculation():
     assert mixed_policy_objective(logprobs, old, A, mask, off_policy).item() == pytest.approx(0.85)
 
 
+def test_mixed_objective_divides_by_weights_below_1():
+    logprobs, old, A, mask, off_policy = two_rows()
+    assert mixed_policy_objective(logprobs, old, A, 0.25 * mask, off_policy).item() == (
+        pytest.approx(0.85 + 1.0))
+
+
 def test_mixed_objective_has_no_gradient_through_the_old_policy():
     logprobs, _, A, mask, off_policy = two_rows()
     logprobs.requires_grad_()

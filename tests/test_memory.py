@@ -361,7 +361,7 @@ def test_a_dry_run_shows_the_first_question_and_writes_nothing(tmp_path):
     for tokens in (question.prompt, question.demos[0][1]):
         assert f"{len(tokens)} tokens:" in done.stdout and f"\n{tokens}\n" in done.stdout
     assert question.problem.problem in done.stdout
-    assert "2000 training problems" in done.stdout and "left out: 2 demonstrations" in done.stdout
+    assert "2000 training problems" in done.stdout and "2 demonstrations contain" in done.stdout
     assert "\nmini_batch_size: 16\n" in done.stdout   # as resolved
     assert "it fits" in done.stdout.splitlines()[-1]
 

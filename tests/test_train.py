@@ -440,10 +440,12 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
                for name, tensor in weights_of(whole_run).items())
 
 
-def test_a_killed_worker_restarts_the_run(tmp_path):
-    """torchrun ends the other process, too, and starts both again, and they resume the run."""
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_killed_worker_restarts_or_ends_the_run(tmp_path, restarts):
+    """torchrun starts the processes again and they resume the run; without restarts it ends all of
+    them soon."""
     folder = tmp_path / "run"
-    command = torchrun("--max-restarts", 1, ROOT / "train.py", *SMALL, "--eval-every", "0",
+    command = torchrun("--max-restarts", restarts, ROOT / "train.py", *SMALL, "--eval-every", "0",
                        "--checkpoint-every", "1", "--output-dir", folder, processes=2)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
@@ -453,9 +455,12 @@ def test_a_killed_worker_restarts_the_run(tmp_path):
     worker = psutil.Process(process.pid).children()[-1]
     worker.kill()
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4]
-    assert (folder / "final").is_dir()
+    if restarts:
+        assert process.returncode == 0, said
+        assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3, 4]
+        assert (folder / "final").is_dir()
+    else:
+        assert process.returncode == 1 and "exitcode  : -9" in said
 
 
 LIMITED = '''

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 
 from files import read_lines, read_settings
-from options import GROUPS, IMPLIED, TrainingOptions, flag
+from options import GROUPS, IMPLIED, TrainingOptions, flag, shown, without_folders
 
 matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
@@ -79,14 +79,7 @@ def _settings(run: Path) -> dict:
     own = {each.name for each in fields(TrainingOptions)
            if each.metadata["group"] in GROUPS[:5] and not each.metadata["free"]}
     own = own - {"steps"} | {"reward", "answer_format"}
-
-    def shown(value) -> str:
-        if isinstance(value, list):
-            return " ".join(map(shown, value))
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        return Path(text).name if text.startswith("/") else text   # it may be elsewhere now
-
-    return {name: shown(value) for name, value in found.items() if name in own}
+    return {name: shown(without_folders(value)) for name, value in found.items() if name in own}
 
 
 def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]],

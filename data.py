@@ -63,8 +63,11 @@ class Demonstrations:
         found = find_questions(questions, [normalise(f"{d.problem}\0{d.solution}")
                                             for d in self.pool])
         self.containing |= {question: found.get(question, set()) for question in questions}
-        self.never_together = len(set().union(*self.containing.values()))
         return [p for p in problems if self._shortest(p) is not None]
+
+    @property
+    def never_together(self) -> int:
+        return len(set().union(*self.containing.values()))
 
     def draw(self, problem: Problem, rng: random.Random) -> tuple[list[Problem], list[int]]:
         """Returns k random demonstrations and the token ids of [D; q].

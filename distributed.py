@@ -149,7 +149,7 @@ class Totals:
 
         everyone = gather_objects((
             {name: sum(read(values)) for name, values in self.sums.items()},
-            {name: largest([0.0, *read(values)]) for name, values in self.largest.items()}))
+            {name: largest(read(values)) for name, values in self.largest.items()}))
         return {**{name: sum(sums[name] for sums, _ in everyone) for name in self.sums},
                 **{name: largest(each[name] for _, each in everyone) for name in self.largest}}
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from curves import LABELS, read_metrics
 from files import replace_file
-from options import embedded, template_arguments
+from options import embedded, template_arguments, without_folders
 
 if TYPE_CHECKING:
     from prepare import Run
@@ -77,7 +77,7 @@ def write_card(run: "Run") -> None:
     data = ModelCardData(base_model=o.model if at_hub else None, library_name="transformers",
                          pipeline_tag="text-generation", tags=["icpo", "reinforcement-learning"])
     base = f"[{o.model}](https://huggingface.co/{o.model})" if at_hub else (
-        f"The model `{_last(o.model)}`")
+        f"The model `{without_folders(o.model)}`")
     asked, more = "question", f"max_new_tokens={o.max_new_tokens}"
     if o.chat_template:
         system = f'{{"role": "system", "content": {o.system!r}}}, ' if o.system else ""
@@ -85,15 +85,15 @@ def write_card(run: "Run") -> None:
     if o.template_args:
         more += f", tokenizer_encode_kwargs={template_arguments(o.template_args)!r}"
     call = f"generator({asked}, {more})[0]"
-    data_sets = [f"- training: {len(run.problems)} problems of `{_last(o.train_data)}`"]
+    data_sets = [f"- training: {len(run.problems)} problems of `{without_folders(o.train_data)}`"]
     if run.demonstrations is not None:
         data_sets.append(f"- demonstrations: {len(run.demonstrations.pool)} of "
-                         f"`{_last(o.demonstrations)}`")
+                         f"`{without_folders(o.demonstrations)}`")
     data_sets += [f"- held out: {len(problems)} problems of `{name}`"
                   for name, problems in run.held_out.items()]
     left_out = ("resume", "output_dir", "dry_run", "cards", "report_to", "show_samples")
     paths = ("model", "train_data", "test_data", "demonstrations", "reward")
-    settings = {name: _last(value) if name in paths else value
+    settings = {name: without_folders(value) if name in paths else value
                 for name, value in asdict(o).items() if name not in left_out}
     shutil.copyfile(folder / "curves.png", final / "curves.png")
     replace_file(final / "README.md", CARD.format(
@@ -102,14 +102,6 @@ def write_card(run: "Run") -> None:
         data_sets="\n".join(data_sets), accuracy=_accuracies(run),
         settings=yaml.safe_dump(settings, sort_keys=False).strip(), torch=torch.__version__,
         transformers=transformers.__version__, python=platform.python_version()))
-
-
-def _last(setting):
-    """A path without its folders, which may name a user; all else as it is."""
-    if isinstance(setting, list):
-        return [_last(each) for each in setting]
-    absolute = isinstance(setting, str) and setting.startswith("/")
-    return Path(setting).name if absolute else setting
 
 
 def _accuracies(run: "Run") -> str:

@@ -60,10 +60,16 @@ def option(default, help: str, *, group: str = "options", free: bool = False) ->
     """
     values = default if isinstance(default, list) else [default]
     if values and values[0] not in (None, ""):   # the help text says what these stand for
-        shown = (str(value).lower() if value in (True, False) else str(value) for value in values)
-        help += f" (default: {' '.join(shown)})"
+        help += f" (default: {shown(values)})"
     return field(default_factory=lambda: list(default) if isinstance(default, list) else default,
                  metadata=dict(help=help, group=group, free=free))
+
+
+def shown(value) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -204,6 +210,14 @@ def absolute(path: str) -> str:
     name, colon, rest = path.partition(":")
     there = name and name not in ("tiny", *KNOWN) and Path(name).exists()
     return str(Path(name).absolute()) + colon + rest if there else path
+
+
+def without_folders(setting):
+    """A path without its folders, which may name a user; all else as it is."""
+    if isinstance(setting, list):
+        return [without_folders(each) for each in setting]
+    is_path = isinstance(setting, str) and setting.startswith("/")
+    return Path(setting).name if is_path else setting
 
 
 def read_old_names(options: "SharedOptions") -> None:
@@ -525,8 +539,8 @@ def parse_evaluation(arguments: Sequence[str], about: str,
     settings = {name: value for name, value in settings_of(found.model).items()
                 if name in ASKED and name not in without_template and value != getattr(usual, name)}
     found = parser.parse(_as_arguments(settings) + list(arguments))
-    taken = [f"{flag(name)} {' '.join(value) if isinstance(value, list) else value}"
-             for name, value in settings.items() if value == getattr(found, name)]
+    taken = [f"{flag(name)} {shown(value)}" for name, value in settings.items()
+             if value == getattr(found, name)]
     if taken and os.environ.get("RANK", "0") == "0":
         print(f"as the run was trained: {', '.join(taken)}", file=sys.stderr)
     return found
@@ -645,7 +659,8 @@ def without_effect(arguments: Sequence[str], options: TrainingOptions) -> list[s
             ("--lr-schedule is constant", options.lr_schedule == "constant", ["lr_decay_steps"])]
     file = len(arguments) > 0 and arguments[0].endswith((".yaml", ".yml"))
     given, usual = OptionParser(TrainingOptions, "").parse(arguments[file:]), TrainingOptions()
-    return [f"{flag(name)} {getattr(given, name)} ({why})" for why, holds, names in idle if holds
+    return [f"{flag(name)} {shown(getattr(given, name))} ({why})"
+            for why, holds, names in idle if holds
             for name in names if getattr(given, name) != getattr(usual, name)]
 
 

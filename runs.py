@@ -203,7 +203,16 @@ def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
 
 def remove(folder: Path) -> None:
     """Deletes a folder, if it is there. Every process must call it."""
-    on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+    on_main(lambda: discard(folder))
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder, if it is there. It is renamed first: half of it must not look whole."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)   # a kill may have left it
+    if folder.is_dir():
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _lock(path: Path, busy: str) -> int | None:
@@ -243,12 +252,10 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     """
     settings = {name: value for name, value in asdict(options).items()
                 if name not in ("resume", "output_dir", "dry_run", "cards")}
-    config, final, aside = (folder / name for name in ("config.yaml", "final", ".final.partial"))
+    config = folder / "config.yaml"
     end = read_settings(config)["steps"] if config.is_file() else 0
-    if end <= steps < options.steps and final.is_dir():   # the checkpoint holds that model, too
-        shutil.rmtree(aside, ignore_errors=True)   # a kill may have left it
-        final.rename(aside)
-        shutil.rmtree(aside)
+    if end <= steps < options.steps:   # the checkpoint holds that model, too
+        discard(folder / "final")
     replace_file(config, yaml.safe_dump(settings, sort_keys=False))
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal
@@ -335,10 +342,7 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
     if is_main():
         aside.rename(final)
         for old in find_checkpoints(folder)[:-keep]:
-            gone = old.with_name(f".{old.name}.partial")   # a half-deleted one must not look whole
-            shutil.rmtree(gone, ignore_errors=True)
-            old.rename(gone)
-            shutil.rmtree(gone)
+            discard(old)
     barrier()
 
 

@@ -1026,7 +1026,7 @@ def test_what_a_file_says_beside_what_it_implies_stays(tmp_path, of_run, shaping
 @pytest.mark.parametrize("arguments, names", [
     (["--method", "grpo", "--n-off", "3", "--num-demonstrations", "0", "--clip-off-policy", "false",
       "--shaping-lambda", "0.1"],
-     ["--n-off 3", "--clip-off-policy False", "--num-demonstrations 0", "--shaping-lambda 0.1"]),
+     ["--n-off 3", "--clip-off-policy false", "--num-demonstrations 0", "--shaping-lambda 0.1"]),
     (["--alpha", "0", "--lr-decay-steps", "10"], ["--alpha 0.0", "--lr-decay-steps 10"]),
     (["--errs", "false", "--delta", "0.5"], ["--delta 0.5"]),
     ([str(ROOT / "configs" / "qwen3-8b.yaml"), "--method", "grpo"], []),

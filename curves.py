@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 
 from files import read_lines, read_settings
-from options import GROUPS, IMPLIED, TrainingOptions, flag, shown, without_folders
+from options import GROUPS, IMPLIED, TrainingOptions, flag, shown
 
 matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
@@ -78,8 +78,8 @@ def _settings(run: Path) -> dict:
     found |= {name: 0 for name, base in IMPLIED.items() if found.get(name) == found.get(base)}
     own = {each.name for each in fields(TrainingOptions)
            if each.metadata["group"] in GROUPS[:5] and not each.metadata["free"]}
-    own = own - {"steps"} | {"reward", "answer_format"}
-    return {name: shown(without_folders(value)) for name, value in found.items() if name in own}
+    own |= {"reward", "answer_format"}
+    return {name: shown(value) for name, value in found.items() if name in own}
 
 
 def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str, str]],

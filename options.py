@@ -72,6 +72,9 @@ def shown(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+LITERAL = "\0"   # it begins a value of a list that argparse must not take for an option
+
+
 class OptionParser(argparse.ArgumentParser):
     """Parses a command line into a dataclass whose fields are declared by `option`.
 
@@ -117,7 +120,10 @@ def _how_to_read(hint) -> dict:
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is list:
-        return {"nargs": "+", **_how_to_read(typing.get_args(hint)[0])}
+        how = _how_to_read(typing.get_args(hint)[0])
+        kind = how.get("type", str)
+        read = functools.wraps(kind)(lambda text: kind(text.removeprefix(LITERAL)))
+        return {"nargs": "+", **how, "type": read}
     if hint is bool:
         return {"type": _true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
@@ -223,14 +229,8 @@ def without_folders(setting):
 def read_old_names(options: "SharedOptions") -> None:
     """Resolves an option that was given by an earlier name, in place."""
     if options.demo_chat_template is not None:
-        options.demo_format = format_in({"demo_chat_template": options.demo_chat_template})
+        options.demo_format = "one-turn" if options.demo_chat_template else "text"
         options.demo_chat_template = None
-
-
-def format_in(settings: dict[str, Any]) -> Any:
-    """--demo-format of a run or an evaluation, whose version may have named it otherwise."""
-    earlier = "one-turn" if settings.get("demo_chat_template", True) else "text"
-    return settings.get("demo_format", earlier)
 
 
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
@@ -238,9 +238,7 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     paths: dict[str, Any] = {
         name: absolute(settings[name])
         for name in ("model", "train_data", "demonstrations") if name in settings}
-    test_data = settings.get("test_data", [])   # a run of an earlier version has a single one
-    paths["test_data"] = list(map(absolute, [test_data] if isinstance(test_data, str)
-                                  else test_data))
+    paths["test_data"] = list(map(absolute, settings.get("test_data", [])))
     file, colon, function = settings.get("reward", "").rpartition(":")
     return settings | paths | ({"reward": absolute(file) + colon + function} if colon else {})
 
@@ -523,7 +521,7 @@ class EvaluationOptions(SharedOptions):
 
 # How a model is asked. An evaluation of a run has these of the run, unless they are given.
 ASKED = ("instruction", "system", "template_args", "chat_template", "answer_format", "stop",
-         "max_new_tokens")
+         "max_new_tokens", "dtype")
 
 
 def parse_evaluation(arguments: Sequence[str], about: str,
@@ -680,10 +678,8 @@ def _as_arguments(settings: dict) -> list[str]:
     reads as text, becomes a number."""
     found = []
     for name, value in settings.items():
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]   # behind = it may begin with a dash
         if isinstance(value, list):
-            found += [flag(name), *map(str, value)]
+            found += [flag(name), *(f"{LITERAL}{each}" for each in value)]
         elif value is not None:
             found.append(f"{flag(name)}={value}")
     return found

@@ -21,9 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-
-class RewardError(RuntimeError):
-    """The user's reward failed, or passed its limit."""
+from verify import RewardError
 
 
 class OwnReward:

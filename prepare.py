@@ -49,7 +49,6 @@ from options import (
     TrainingOptions,
     check_ranges,
     embedded,
-    format_in,
     pairs,
     parse_training,
     read_old_names,
@@ -66,13 +65,12 @@ from rollout import Sampler
 from runs import (
     check_fingerprint,
     check_output,
-    check_settings,
     claim_folder,
+    discard,
     find_model,
     give_back,
     load_checkpoint,
     read_model,
-    remove,
     settings_of_run,
     write_settings,
 )
@@ -88,9 +86,14 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
         vocab_size=model.config.vocab_size, template_args=template_arguments(o.template_args),
         stop=stop_strings(o))
     if o.demo_format == "auto" and o.chat_template:
-        run = settings_of_run(o.model)
-        builder = best_builder(build, format_in(run) if run else
-                               (model.generation_config or {}).get("demo_format"))
+        # The run that made the model, or its folder, says which form suits it.
+        known = settings_of_run(o.model) or model.generation_config or {}
+        form = known.get("demo_format")
+        form = form if form in get_args(DemoFormat) else "turns"
+        try:
+            builder = build(demo_format=str(form))
+        except ValueError:   # the template may have no turns of an assistant
+            builder = build(demo_format="one-turn")
     else:
         builder = build(demo_format="text" if o.demo_format == "auto" else o.demo_format)
     o.demo_format = cast(Any, builder.demo_format)
@@ -99,17 +102,6 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
               f"from day to day: --template-args date_string='26 Jul 2024', or the name that the "
               f"template has for it, fixes the date", file=sys.stderr)
     return builder
-
-
-def best_builder(build: Callable[..., PromptBuilder], wanted: Any) -> PromptBuilder:
-    """The builder with the form of demonstrations that suits a chat model.
-
-    wanted: the form of the run that made the model, or the one in its generation_config.json.
-    """
-    try:
-        return build(demo_format=wanted if wanted in get_args(DemoFormat) else "turns")
-    except ValueError:   # the template may have no turns of an assistant
-        return build(demo_format="one-turn")
 
 
 def load_data(o: SharedOptions, source: str, embedded_file: str, split: str = "train",
@@ -165,10 +157,9 @@ class Run:
         Every process must call it.
         """
         folder, new = self.folder / name, self.folder / f".{name}.new"
-        remove(new)   # a save that was killed leaves one
+        on_main(lambda: discard(new))   # a save that was killed leaves one
         save_model(self.model, self.builder.tokenizer, new)   # the earlier one stays until then
-        remove(folder)
-        on_main(lambda: new.rename(folder))
+        on_main(lambda: (discard(folder), new.rename(folder)))
 
     def final_answer(self, response: str) -> str | None:
         return extract_answer(response, self.options.answer_format)
@@ -223,9 +214,10 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
                 f"{name} is for GPUs: on this device all is in the CPU's memory anyway")
     if saved:   # a resumed run keeps what 0 and auto stand for
         o.max_new_tokens = o.max_new_tokens or saved.get("max_new_tokens", 0)
-        o.demo_format = format_in(saved) if o.demo_format == "auto" else o.demo_format
-    check_settings(folder, saved or {}, o)
-    on_main(lambda: check_fingerprint(folder, o) if saved else None)
+        if o.demo_format == "auto":
+            o.demo_format = saved.get("demo_format", "auto")
+    if saved:
+        on_main(lambda: check_fingerprint(folder, saved, o))
     o.output_dir = str(folder)
     on_main(lambda: check_packages(o.report_to))
     return_freed_memory(device)
@@ -247,7 +239,8 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     _check_model(o, model, tokenizer)
     _check_memory(o.batch_size * (o.n_on + o.n_off), o,
                   f"--batch-size {o.batch_size} and --n-on {o.n_on} with --n-off {o.n_off}")
-    _check_memory(o.eval_samples * max(map(len, held_out.values())), o,
+    asked = max(len(each[:o.eval_problems or None]) for each in held_out.values())
+    _check_memory(o.eval_samples * asked * bool(o.eval_every), o,
                   f"--eval-samples {o.eval_samples}")
     builder = make_builder(o, tokenizer, model)
     require(saved or o.off_policy != "demonstrations" or o.num_demonstrations
@@ -329,10 +322,12 @@ def _warn_of_type(o: SharedOptions, device: torch.device) -> None:
               "--dtype bfloat16 is slower than float32 here", file=sys.stderr)
 
 
-def _check_memory(sequences: int, o: SharedOptions, options: str) -> None:
-    """Raises ValueError if the responses of a rollout do not fit in the CPU's memory as lists."""
-    # An int and a float of Python, with the pointers to them, take 72 bytes.
-    needed = sequences * (1000 + 72 * o.max_new_tokens) // world_size()
+def _check_memory(sequences: int, o: SharedOptions, options: str, token_bytes: int = 72) -> None:
+    """Raises ValueError if the responses do not fit in the CPU's memory.
+
+    token_bytes: what a token takes: an int and a float of Python, with the pointers to them, 72.
+    """
+    needed = sequences * (1000 + token_bytes * o.max_new_tokens) // world_size()
     free = free_memory(torch.device("cpu"))
     require(needed <= free,
             f"{options} are {sequences:,} responses at the same time; of up to {o.max_new_tokens} "
@@ -479,16 +474,17 @@ def prepare_evaluation(o: EvaluationOptions):
 
     Raises ValueError for users' mistakes.
     """
+    device = init_distributed(o.device)
     _check_evaluation(o)
     scorer = make_scorer(o.reward, o.answer_format, o.verify_timeout,
                          reward_timeout=o.reward_timeout)
     data = {name: load_data(o, name, "test.jsonl", "test")[:o.limit or None] for name in o.data}
-    device = init_distributed(o.device)
     _warn_of_type(o, device)
     empty, tokenizer = load_any_model(o.model, torch.device("meta"), torch.float32)   # no weights
     choose_length(o, empty)
+    # Few responses wait as tokens until they are scored; then their texts stay.
     _check_memory(max(len(problems) * samples_of(o, name) for name, problems in data.items()), o,
-                  f"--samples {o.samples}")
+                  f"--samples {o.samples}", token_bytes=5)
     positions = empty.config.max_position
     require(positions > o.max_new_tokens, f"--max-new-tokens {o.max_new_tokens} leaves no room for "
             f"a prompt: {o.model} has {positions} positions")

@@ -121,5 +121,6 @@ class PromptBuilder:
                                                   **self.template_args)
 
     def depends_on_date(self) -> bool:
-        """Whether the template writes today's date, so that prompts change from day to day."""
-        return self.chat_template and writes_date(self.tokenizer, self._in_turns)
+        """Whether a template writes today's date, so that prompts change from day to day."""
+        templated = self.chat_template or self.demo_format != "text"
+        return templated and writes_date(self.tokenizer, self._in_turns)

@@ -59,25 +59,27 @@ class Notes:
         self.timeouts, self.unsettled = 0, Counter()
 
 
-def settle(given: str, answer: str) -> bool | None:
+def settle(given: str, answer: str | None) -> bool | None:
     """Whether two answers are equal; None where one is not understood.
 
-    Raises NeedsAlgebra where a worker has to decide.
+    An answer None asks whether `given` is understood. Raises NeedsAlgebra where a worker has to
+    decide.
     """
     if given == answer:
         return True
-    if max(len(given), len(answer)) > MAX_LENGTH:
+    longest = max(len(given), len(answer or ""))
+    if longest > MAX_LENGTH:
         return False
-    if max(len(given), len(answer)) > SHORT:
+    if longest > SHORT:
         raise NeedsAlgebra
     try:
-        return equal(given, answer)
+        return understood(given) if answer is None else equal(given, answer)
     except Exception:   # a worker reads it once more, and counts what it cannot read as unsettled
         raise NeedsAlgebra from None
 
 
-def _verdicts(pairs: set[tuple[str, str]], timeout: float, workers: int | None) -> dict:
-    """The verdict on each pair (given, answer): True, False, None (not understood) or LIMIT."""
+def _verdicts(pairs: set[tuple[str, str | None]], timeout: float, workers: int | None = None):
+    """Pair (given, answer) -> True, False, None (not understood) or LIMIT; see settle."""
     verdicts, hard = {}, []
     for pair in pairs:
         try:
@@ -101,9 +103,8 @@ def score(responses: list[str], answers: Sequence[str | Sequence[str]], timeout:
     workers: processes for algebra, by default one a core, at most 4, shared among the processes of
         torchrun; they start when first needed and stay. Calls from several threads take turns.
     answer_format: see extract_answer. notes: is told what could not be settled.
-    Raises ValueError if the lists differ in length or the format is unknown, ImportError if
-    Math-Verify is needed and not installed, RuntimeError if a worker does not start. No response
-    makes it raise.
+    Raises ValueError if the lists differ in length or the format is unknown, RewardError if a
+    worker does not start. No response makes it raise.
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers: give one answer "
@@ -169,18 +170,8 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0) -> list[di
 
 def find_unclear(answers: Sequence[str], timeout: float = 5.0) -> list[str]:
     """Those references that are not understood, or are not equal to themselves but as text."""
-    unclear, hard = set(), []
-    for reference in set(answers):
-        try:
-            if not understood(reference):
-                unclear.add(reference)
-        except NeedsAlgebra:
-            hard.append((reference, None))
-    if hard:
-        verdicts = compare(hard, timeout)
-        unclear |= {reference for (reference, _), verdict in zip(hard, verdicts, strict=True)
-                    if verdict is not True}
-    return [reference for reference in answers if reference in unclear]
+    verdicts = _verdicts({(each, None) for each in answers}, timeout)
+    return [each for each in answers if verdicts[each, None] is not True]
 
 
 def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float = 5.0,

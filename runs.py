@@ -46,7 +46,6 @@ from options import (
     TrainingOptions,
     embedded,
     flag,
-    format_in,
     parse_training,
     require,
     resolve,
@@ -54,7 +53,7 @@ from options import (
     settings_that_stay,
     with_absolute_paths,
 )
-from own_reward import RewardError
+from verify import RewardError
 
 # DCP says this in a run of one process, which needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
@@ -110,11 +109,8 @@ def _is_empty(folder: Path) -> bool:
     return all(file.name == ".config.yaml.partial" for file in folder.iterdir())
 
 
-_NO_STOP = {"stop": ["none"]}   # of runs and evaluations of earlier versions, which had none
-
-
 def _saved_settings(folder: Path) -> dict[str, Any]:
-    return _NO_STOP | with_absolute_paths(read_settings(folder / "config.yaml"))
+    return with_absolute_paths(read_settings(folder / "config.yaml"))
 
 
 def _claim(folder: Path, saved: dict | None, resume: bool = False) -> Claim:
@@ -156,20 +152,6 @@ def _usable(folder: Path):
                          f"--output-dir") from None
 
 
-def check_settings(folder: Path, saved: dict, options: TrainingOptions) -> None:
-    """Raises ValueError for an option that a resumed run cannot change and that differs.
-
-    An option that is newer than the run has the value that it has by default.
-    """
-    if not saved:
-        return
-    then = settings_that_stay(resolve(parse_training([], saved)))
-    for name, value in settings_that_stay(options).items():
-        require(name not in then or then[name] == value,
-                f"{folder} was run with {name}: {then.get(name)}, not {value}; leave the option "
-                f"out, or start another run")
-
-
 def _fingerprint(options: TrainingOptions) -> dict:
     """What a resumed run must find as it was: the settings, and hashes of the data files."""
     o = options
@@ -182,28 +164,27 @@ def _fingerprint(options: TrainingOptions) -> dict:
     return {"settings": settings_that_stay(o), "files": hashes}
 
 
-def check_fingerprint(folder: Path, options: TrainingOptions) -> None:
-    """Raises ValueError if config.yaml was edited, or a data file changed, since the run began."""
+def check_fingerprint(folder: Path, saved: dict, options: TrainingOptions) -> None:
+    """Raises ValueError if a setting that a resumed run cannot change, or a data file, differs.
+
+    saved: of config.yaml. An option that is newer than the run has the value that it has by
+    default.
+    """
     file = folder / "fingerprint.json"
-    if not file.is_file():   # a run of an earlier version
+    if not file.is_file():   # a kill came before it was written, and before the first step
         return
     then, now = read_object(file), _fingerprint(options)
-    for name, value in with_absolute_paths(then["settings"]).items():
-        # A run of an earlier version may have an option that is now called otherwise.
-        require(name not in now["settings"] or now["settings"][name] == value,
-                f"{folder / 'config.yaml'} was edited: {name} was {value}, not "
-                f"{now['settings'].get(name)}; undo that, or start another run")
+    was = settings_that_stay(resolve(parse_training([], saved))) | then["settings"]
+    for name, value in now["settings"].items():
+        require(was[name] == value,
+                f"{folder} was run with {name}: {was[name]}, not {value}; leave the option out (or "
+                f"undo the change of config.yaml), or start another run")
     for name, value in then["files"].items():
         given = getattr(options, name)
         given = ", ".join(given) if isinstance(given, list) else given
         require(now["files"].get(name) == value,
                 f"{given} ({flag(name)}) is not the data with which {folder} was run; put that "
                 f"back, or start another run")
-
-
-def remove(folder: Path) -> None:
-    """Deletes a folder, if it is there. Every process must call it."""
-    on_main(lambda: discard(folder))
 
 
 def discard(folder: Path) -> None:
@@ -420,7 +401,7 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
     folder = Path(embedded(path, "model"))
     if (folder / "final").is_dir():
         return folder / "final", None
-    if (folder / "config.yaml").is_file():
+    if _settings_in(folder):
         checkpoints = find_checkpoints(folder)
         if not checkpoints:
             raise ValueError(f"{folder} is a run that has written neither final/ nor a checkpoint "
@@ -438,10 +419,14 @@ def find_model(path: str) -> tuple[Path | str, Path | None]:
 
 def settings_of_run(path: str) -> dict[str, Any]:
     """The settings of the run that this is, or of which it is a model or a checkpoint, else {}."""
-    config = _run_of(path) / "config.yaml"
+    return _settings_in(_run_of(path))
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of the run in this folder, else {}: other programs write a config.yaml, too."""
+    config = folder / "config.yaml"
     settings = read_settings(config) if config.is_file() else {}
-    # Other programs write a config.yaml, too.
-    return _NO_STOP | settings if settings.get("method") in list(METHODS) else {}
+    return settings if settings.get("method") in list(METHODS) else {}
 
 
 def _run_of(path: str) -> Path:
@@ -646,7 +631,7 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
 def default_output(model: str) -> Path:
     """eval.jsonl in the run that is evaluated, or evals/MODEL.jsonl for another model."""
     folder = _run_of(model)
-    if (folder / "config.yaml").is_file():
+    if _settings_in(folder):
         return folder / "eval.jsonl"
     return Path("evals") / f"{Path(model).resolve().name}.jsonl"
 
@@ -717,13 +702,8 @@ def write_samples(output: Path, found: dict[tuple, list[dict]]) -> None:
 
 def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:
     was = old.get("changed", {})
-    if old and (options.demo_format == "text" or not options.chat_template
-                or options.stop != ["auto"]):
-        old = _NO_STOP | old
     if not any(case.shots for case in cases):
         old = old | {"demo_format": options.demo_format}   # it plays no part
-    elif old:
-        old = old | {"demo_format": format_in(old)}
     then = replace(options, samples=old.get("samples", 0))
     if all(samples_of(then, case.data) == samples_of(options, case.data) for case in cases):
         old = old | {"samples": options.samples}   # 0 and the number that it stands for are equal

@@ -6,7 +6,6 @@ template runs in a fork of this process, see run_bounded.
 
 import atexit
 import contextlib
-import importlib.util
 import json
 import os
 import queue
@@ -27,6 +26,11 @@ MEMORY_LIMIT = 1 << 30   # bytes that the process that compares may hold
 START_SECONDS = 120      # limit for the start of a worker, which imports sympy
 LIMIT = "limit"          # the verdict where a limit was passed
 
+
+class RewardError(RuntimeError):
+    """A reward cannot be computed: the user's own fails, or a worker does not start."""
+
+
 class _Worker:
     """A process that compares pairs: one line to its input, one line from its output; see _serve.
 
@@ -36,10 +40,13 @@ class _Worker:
     def __init__(self):
         # The worker has a session of its own, so that Ctrl-C reaches only the trainer, which then
         # closes the pipes.
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), str(MEMORY_LIMIT)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), str(MEMORY_LIMIT)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        except OSError as error:   # memory or the number of processes is short
+            raise RewardError(f"a worker of the reward did not start: {error}") from None
         assert self.process.stdin and self.process.stdout
         self.input, self.output = self.process.stdin, self.process.stdout.fileno()
         self.number = 0
@@ -52,8 +59,8 @@ class _Worker:
                 self.child = int(line[1])
                 return
         self.kill()
-        raise RuntimeError(f"a worker of the reward did not start; try: {sys.executable} "
-                           f"{os.path.abspath(__file__)}")
+        raise RewardError(f"a worker of the reward did not start; try: {sys.executable} "
+                          f"{os.path.abspath(__file__)}")
 
     def compare(self, pair: tuple[str, str | None], timeout: float) -> bool | str | None:
         """The verdict on a pair; see compare below."""
@@ -106,23 +113,13 @@ def compare(pairs: Sequence[tuple[str, str | None]], timeout: float,
 
     An answer None asks for answers.understood(given) instead.
     timeout: seconds for each. workers: processes, None for default_workers(). Calls from several
-    threads take turns.
-    Raises ImportError if Math-Verify is not installed, RuntimeError if a worker does not start.
+    threads take turns. Raises RewardError if a worker does not start, as without Math-Verify.
     """
-    with _lock:
-        return _compare(pairs, timeout, workers)
-
-
-def _compare(pairs, timeout, workers):
-    if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("comparing these answers needs Math-Verify: pip install math-verify")
     count = min(workers or default_workers(), len(pairs))
-    idle = queue.SimpleQueue()
-    for worker in _workers[:count] + [None] * (count - len(_workers)):
-        idle.put(worker)
+    idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
     stopping = threading.Event()
 
-    def compare(pair):
+    def ask(pair):
         worker = idle.get()
         try:
             for _ in range(2):   # again if the worker was gone before it was asked
@@ -141,17 +138,19 @@ def _compare(pairs, timeout, workers):
         finally:
             idle.put(worker)
 
-    threads = ThreadPoolExecutor(count)
-    try:
-        verdicts = list(threads.map(compare, pairs))
-    except BaseException:   # on Ctrl-C nobody waits for a comparison that hangs
-        stopping.set()
-        for worker in list(_workers):
-            worker.kill()
-        raise
-    finally:
-        threads.shutdown(cancel_futures=True)
-    return verdicts
+    with _lock:
+        for worker in _workers[:count] + [None] * (count - len(_workers)):
+            idle.put(worker)
+        threads = ThreadPoolExecutor(count)
+        try:
+            return list(threads.map(ask, pairs))
+        except BaseException:   # on Ctrl-C nobody waits for a comparison that hangs
+            stopping.set()
+            for worker in list(_workers):
+                worker.kill()
+            raise
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def usable_cores() -> int:

@@ -389,7 +389,7 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
     assert "it does not fit" in said and "timing.py has no figures of this GPU" in said
     checkpoint = tmp_path / "old" / "checkpoints" / "step-2"   # its weights are not read either
     checkpoint.mkdir(parents=True)
-    (tmp_path / "old" / "config.yaml").write_text("model: tiny\n")
+    (tmp_path / "old" / "config.yaml").write_text("method: icpo\nmodel: tiny\n")
     with pytest.raises(SystemExit):
         trainer.prepare([*arguments[2:], "--model", str(checkpoint), "--cards", "4x24"])
     assert "it fits" in capsys.readouterr().out

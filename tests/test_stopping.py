@@ -1,7 +1,6 @@
 """Stop strings: where they end what is sampled, and what training makes of it."""
 
 import functools
-import gc
 import json
 import random
 import sys
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from processes import run as run_script
 from test_rollout import FakeGraphs
 from test_train import metrics_of, prepare, sampled_batch
@@ -267,18 +265,6 @@ def test_runs_with_stop_strings_are_alike_in_any_layout_and_resume(tmp_path):
     assert samples and not any("}" in row["response"] for row in samples)
 
 
-def test_a_run_of_an_earlier_version_goes_on_without_stop_strings(tmp_path):
-    folder, raw = tmp_path / "run", ["--chat-template", "false", "--demo-format", "text"]
-    assert prepare(folder, *raw).builder.stop is None
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    fingerprint = json.loads((folder / "fingerprint.json").read_text())
-    assert config.pop("stop") == fingerprint["settings"].pop("stop") == ["auto"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
-    gc.collect()   # the run that is no more unlocks its folder
-    assert prepare(folder, *raw, "--resume").builder.stop == ()
-
-
 def test_an_evaluation_ends_answers_at_stop_strings(tmp_path):
     def evaluate(*more, check=True):
         return run_script("eval.py", "--limit", 12, "--device", "cpu", *more, cwd=tmp_path,
@@ -294,13 +280,3 @@ def test_an_evaluation_ends_answers_at_stop_strings(tmp_path):
     for row, whole in zip(stopped, plain, strict=True):
         assert row["response"] == whole["response"].partition("}")[0]
         assert row["finished"] or "}" not in whole["response"]
-    # An evaluation of an earlier version has no stop strings.
-    for name, more, refused in (("tiny", [], False), ("tiny", ["--stop", "}"], True),
-                                ("tiny", ["--stop", "none"], False)):
-        about = tmp_path / f"evals/{name}.json"
-        table = json.loads(about.read_text())
-        table["settings"].pop("stop", None)
-        about.write_text(json.dumps(table))
-        done = evaluate(*more, "--output", f"evals/{name}.jsonl", check=False)
-        assert (done.returncode == 2) == refused
-        assert ("stop: ['none'], not ['}']" in done.stderr) == refused

@@ -338,22 +338,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(whole_run, tmp_path)
     assert metrics_of(folder) == before
 
 
-def test_a_run_of_an_earlier_version_goes_on(whole_run, tmp_path):
-    """Its files have a single test_data, the earlier name of demo_format, and no newer options."""
+def test_a_run_goes_on_with_a_version_that_has_more_options(whole_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     fingerprint = json.loads((folder / "fingerprint.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for settings in (config, fingerprint["settings"]):
-        settings["test_data"], = settings["test_data"]
-        settings["demo_chat_template"] = True
-        for name in ("demo_format", "columns", "keep_best", "lr_schedule", "off_policy_when"):
+        for name in ("columns", "keep_best", "lr_schedule", "off_policy_when"):
             settings.pop(name, None)
     (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     shutil.rmtree(folder / "checkpoints" / "step-4")
     run = trainer.prepare(["--resume", "--output-dir", str(folder), "--device", "cpu"])
-    assert (run.start, run.options.demo_format) == (2, "one-turn")
+    assert run.start == 2
     trainer.train(run)
     assert metrics_of(folder) == metrics_of(whole_run)
 
@@ -560,8 +557,10 @@ def test_a_resumed_run_cannot_change_options_that_are_newer_than_it(whole_run, t
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    del config["loss_aggregation"]
+    fingerprint = json.loads((folder / "fingerprint.json").read_text())
+    del config["loss_aggregation"], fingerprint["settings"]["loss_aggregation"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
     with pytest.raises(ValueError, match="was run with loss_aggregation: tokens, not fixed"):
         prepare(folder, "--resume", "--loss-aggregation", "fixed")
 

@@ -62,6 +62,7 @@ def draw(runs: list[Path], output: Path) -> None:
         differing = [f"{flag(name)} {value}" for name, value in mine.items()
                      if any(each.get(name, value) != value for each in alike)]
         label = " ".join([LABELS.get(mine.get("method", ""), run.name), *differing])
+        label = label.replace("$", r"\$")   # which begins a formula in matplotlib
         groups.setdefault(label, []).append(read_metrics(run))
     names = dict.fromkeys(name for group in groups.values() for metrics in group for row in metrics
                           for name in row if name.startswith("eval_accuracy/"))

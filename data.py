@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datafiles import Reading, read_rows
+from datafiles import read_rows
 from overlap import find_questions, normalise
 from prompts import Problem, PromptBuilder
 
 
 def load_problems(source: str | Path, needs: tuple[str, ...] = (),
                   **how: Any) -> list[Problem]:
-    """The problems of a data set. needs and errors: see read_rows; how: fields of its Reading."""
-    return [Problem(**row) for row in read_rows(str(source), needs, Reading(**how))]
+    """The problems of a data set. needs, how and errors: see read_rows."""
+    return [Problem(**row) for row in read_rows(str(source), needs, **how)]
 
 
 class Demonstrations:

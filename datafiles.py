@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,55 +46,46 @@ SOURCES = (f"JSONL, JSON, CSV or Parquet file, a folder, org/name:config:split o
            f"hub, or one of {', '.join(KNOWN)}")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How rows become problems.
+def read_rows(source: str, needs: Sequence[str] = (), *, answer_lists: str = "any",
+              columns: Mapping[str, str] | None = None, split: str = "train",
+              answer_format: str = "boxed", seed: int = 0) -> list[dict[str, Any]]:
+    """The fields of the problems of a data set. needs: optional ones that every row must have.
 
     answer_lists: with a list of answers, "any" of them is right, or only "all" of them together.
     columns: one of FIELDS -> column, with dots into a row, for data sets without a short name. An
     optional field whose column is missing is left out. split: the one to take of several.
     answer_format, seed: see rowforms.to_fields.
-    """
-    answer_lists: str = "any"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    split: str = "train"
-    answer_format: str = "boxed"
-    seed: int = 0
-
-
-def read_rows(source: str, needs: Sequence[str] = (),
-              how: Reading = Reading()) -> list[dict[str, Any]]:
-    """The fields of the problems of a data set. needs: optional ones that every row must have.
-
     An answer or id may be a number, and stays as it is written; the default id is the name of the
     data set and the number of the row, and that number is added to an id that an earlier row has.
     Raises ValueError for a data set that is missing, empty or cannot be read, and one that names
     the row for a row that lacks a field or has an empty field or one of the wrong type.
     """
     rows, ids = [], set()
-    columns = {} if source.partition(":")[0] in KNOWN else how.columns
-    for number, where, row in _raw_rows(source, how.split):
+    if source.partition(":")[0] in KNOWN:
+        columns = None
+    for number, where, row in _raw_rows(source, split):
+        given = {}
+        for name, path in (columns or {}).items():
+            try:
+                given[name] = _column(row, path)
+            except ValueError as error:
+                if name in ("problem", "answer", *needs):
+                    raise ValueError(f"{where}: {error}") from None
         try:
-            fields = to_fields(row, how.answer_format, how.seed)
+            fields = to_fields(row, answer_format, seed, given)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: a row with these columns has another form here "
                              f"({brief(error)})") from None
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        for name, path in columns.items():
-            try:
-                fields[name] = _column(row, path)
-            except ValueError as error:
-                if name in ("problem", "answer", *needs):
-                    raise ValueError(f"{where}: {error}") from None
-        given = [name for name, value in fields.items() if value not in (None, "", [])]
+        present = [name for name, value in fields.items() if value not in (None, "", [])]
         found: dict[str, Any] = {"id": f"{name_of(source)}-{number}"}
-        for name in dict.fromkeys(("problem", "answer", *needs, *given)):
+        for name in dict.fromkeys(("problem", "answer", *needs, *present)):
             value = fields.get(name)
             several = name == "answer" and isinstance(value, list)
             values = (value if several else [value]) or [""]
             texts = [_text(each, name, where, row) for each in values]
-            if how.answer_lists == "all":
+            if answer_lists == "all":
                 texts = ["; ".join(texts)]
             found[name] = texts[0]
             if len(texts) > 1:
@@ -141,7 +131,10 @@ def _raw_rows(source: str, split: str) -> Iterator[tuple[int, str, Mapping[str, 
         with path.open(newline="", encoding="utf-8-sig") as text:
             try:
                 for n, row in enumerate(csv.DictReader(text, delimiter=separator), start=1):
-                    yield n, f"{path}, row {n}", {str(name): row[name] or None for name in row}
+                    if None in row:   # it holds the cells beyond the header's
+                        raise ValueError(f"{path}, row {n} has more cells than the header: quote "
+                                         f"those in which the separator stands")
+                    yield n, f"{path}, row {n}", {name: row[name] or None for name in row}
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is no table of UTF-8 text ({error})") from None
     elif data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4")):
@@ -183,6 +176,8 @@ def _of_datasets(source: str, preferred: str) -> Any:
                           for each in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)
             if isinstance(saved, datasets.Dataset):
+                if split or config:
+                    raise ValueError("it has no splits: leave that out")
                 return saved
             return saved[split or config or _choose(list(map(str, saved)), preferred)]
         if not split:

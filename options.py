@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import yaml
 
-from datafiles import KNOWN, SOURCES
+from datafiles import FIELDS, KNOWN, SOURCES
 
 TINY = Path(__file__).resolve().parent / "tiny"
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
@@ -256,6 +256,14 @@ def pairs(text: str, name: str) -> dict[str, str]:
         found[key] = value
     require(all(found) and all(found.values()),
             f"{flag(name)} {text!r} is not of the form NAME=VALUE,NAME=VALUE")
+    return found
+
+
+def read_columns(text: str) -> dict[str, str]:
+    """Reads --columns."""
+    found = pairs(text, "columns")
+    require(set(found) <= set(FIELDS), f"--columns {text}: the names before = are "
+            f"{', '.join(FIELDS)}; behind it stand the columns of the data")
     return found
 
 

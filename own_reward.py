@@ -146,7 +146,7 @@ def _call(reward: Callable, responses: list[str], problems: list[Any]) -> Any:
 def _where(error: BaseException, file: str) -> str:
     """The error, and the last line of that file that it passed."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename == file]
+              if frame.filename == os.path.abspath(file)]
     line = frames[-1].lineno if frames else getattr(error, "lineno", None)
     function = f", in {frames[-1].name}" if frames else ""
     return f"{file}, line {line}{function}: {type(error).__name__}: {error}"

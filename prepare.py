@@ -24,7 +24,7 @@ from data import (
     keep_askable,
     load_problems,
 )
-from datafiles import FIELDS, name_of
+from datafiles import name_of
 from distributed import (
     AdamW,
     frozen_copy,
@@ -49,8 +49,8 @@ from options import (
     TrainingOptions,
     check_ranges,
     embedded,
-    pairs,
     parse_training,
+    read_columns,
     read_old_names,
     require,
     resolve,
@@ -107,9 +107,7 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
 def load_data(o: SharedOptions, source: str, embedded_file: str, split: str = "train",
               needs: tuple[str, ...] = ()) -> list[Problem]:
     """The problems of --train-data and the like. split: taken of a data set that has several."""
-    columns = {} if source == "tiny" else pairs(o.columns, "columns")
-    require(set(columns) <= set(FIELDS), f"--columns {o.columns}: the names before = are "
-            f"{', '.join(FIELDS)}; behind it stand the columns of the data")
+    columns = {} if source == "tiny" else read_columns(o.columns)
     return load_problems(embedded(source, embedded_file), needs, answer_lists=o.answer_lists,
                          columns=columns, split=split, answer_format=o.answer_format, seed=o.seed)
 
@@ -546,8 +544,10 @@ def _check_evaluation(o: EvaluationOptions) -> None:
             f".json and .png: give {output.parent / output.stem}.jsonl, not {o.output}")
     if o.output:
         on_main(lambda: check_output(output))
-    require(o.compare_shots or not o.compare_formats,
-            "--compare-formats are the formats of --compare-shots: give that, too")
+    for name, given in (("compare-formats", o.compare_formats),
+                        ("temperatures", o.temperatures != EvaluationOptions().temperatures)):
+        require(o.compare_shots or not given,
+                f"--{name} are those of --compare-shots: give that, too")
     for name, values in (("data", o.data), ("shots", o.shots),
                          ("compare-formats", o.compare_formats)):
         require(len(set(values)) == len(values),

@@ -16,7 +16,7 @@ from typing import get_args
 
 from answers import NeedsAlgebra, equal, last_box, understood
 from data import Problem, load_problems
-from options import AnswerFormat
+from options import AnswerFormat, read_columns
 from own_reward import OwnReward
 from verify import LIMIT, compare
 
@@ -189,16 +189,22 @@ def make_scorer(reward: str = "", answer_format: str = "boxed", timeout: float =
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="reward.py", description="Lists the reference answers of a data file that the reward "
+        prog="reward.py", description="Lists the reference answers of a data set that the reward "
         "does not understand: only a response with the same text earns there.")
-    parser.add_argument("--check", metavar="FILE", required=True, help="JSONL file of problems")
+    parser.add_argument("--check", metavar="DATA", required=True,
+                        help="data set, as --train-data of train.py")
+    parser.add_argument("--columns", default="", metavar="problem=NAME,answer=NAME",
+                        help="as in train.py")
+    parser.add_argument("--answer-lists", choices=("any", "all"), default="any",
+                        help="as in train.py (default: %(default)s)")
     parser.add_argument("--answer-format", choices=FORMATS, default="boxed",
                         help="as in train.py (default: %(default)s)")
     parser.add_argument("--verify-timeout", type=float, default=5.0, metavar="SECONDS",
                         help="limit for the comparison of two answers (default: %(default)s)")
     o = parser.parse_args()
     try:
-        problems = load_problems(o.check)
+        problems = load_problems(o.check, columns=read_columns(o.columns),
+                                 answer_lists=o.answer_lists)
     except ValueError as error:
         parser.error(str(error))
     texts = [(problem.id, text) for problem in problems

@@ -6,7 +6,7 @@
 | GPQA | `Question`, `Correct Answer`, … | options in an order of the seed; letter |
 | choices | `question`, `choices` or `options`, key | options; letter |
 | OlympiadBench | `question`, `final_answer` | a list of answers |
-| GSM8K | `question`, `answer` with `####` | solution, also as expert response; number |
+| GSM8K | …, `answer` with `####` | solution, also as expert response; number |
 | plain | `problem` or `question`, … | as it is; without `answer`, the last box |
 """
 
@@ -22,30 +22,36 @@ _ENDING = {"boxed": r"The final answer is \boxed{%s}.", "gsm8k": "#### %s",
            "tags": "<answer>%s</answer>"}   # --answer-format: how a solution ends
 
 
-def to_fields(row: Mapping[str, Any], answer_format: str, seed: int) -> dict[str, Any]:
+def to_fields(row: Mapping[str, Any], answer_format: str, seed: int,
+              given: dict[str, Any] | None = None) -> dict[str, Any]:
     """The problem, answer, solution, expert_response and id of a row, as far as it has them.
 
-    seed: of the order of GPQA's options. Values are not checked. Raises ValueError for choices that
-    do not fit together.
+    seed: of the order of GPQA's options. given: fields that --columns names. Values are not
+    checked. Raises ValueError for choices that do not fit together.
     """
+    given = given or {}
     if "prompt" in row and isinstance(row.get("reward_model"), Mapping):
-        return _verl(row)
+        return _verl(row) | given
     if "Question" in row and "Correct Answer" in row:
-        return _gpqa(row, seed)
+        return _gpqa(row, seed) | given
+    row = {**row, **given}
+    question = given.get("problem", row.get("question"))
+    more = {name: value for name, value in given.items() if name not in ("problem", "answer")}
     choices = row.get("choices") or row.get("options")
-    if "question" in row and choices:
-        return _choices(row, choices)
-    if "question" in row and row.get("final_answer"):
+    if question is not None and choices:
+        key = row["answer"] if "answer" in given else row.get("answerKey", row.get("answer"))
+        return _choices(row, question, choices, key) | more
+    if question is not None and row.get("final_answer"):
         solution = row.get("solution")
         solution = solution[0] if isinstance(solution, list) and solution else solution
-        return {"problem": row["question"], "answer": row["final_answer"], "solution": solution,
-                "id": row.get("id")}
-    if "question" in row and "####" in str(row.get("answer")):
-        return _gsm8k(row, answer_format)
+        return {"problem": question, "answer": row["final_answer"], "solution": solution,
+                "id": row.get("id")} | given
     fields = {name: row.get(name) for name in ("problem", "answer", "solution", "expert_response")}
     if fields["problem"] is None:
-        fields["problem"] = row.get("question")
-    if fields["answer"] is None and isinstance(fields["solution"], str):
+        fields["problem"] = question
+    if isinstance(fields["answer"], str) and "####" in fields["answer"]:
+        return _gsm8k(fields["problem"], fields["answer"], answer_format) | more
+    if fields["answer"] in (None, "") and isinstance(fields["solution"], str):
         fields["answer"] = last_box(fields["solution"])
     return fields | {"id": row.get("id", row.get("unique_id"))}
 
@@ -62,11 +68,11 @@ def _verl(row: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"expert_response": target or None}
 
 
-def _gsm8k(row: Mapping[str, Any], answer_format: str) -> dict[str, Any]:
-    worked, _, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
+def _gsm8k(problem: Any, answer: str, answer_format: str) -> dict[str, Any]:
+    worked, _, answer = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
     answer = answer.strip().replace(",", "")
     solution = f"{worked.strip()}\n{_ENDING[answer_format] % answer}"
-    return {"problem": row["question"], "answer": answer, "solution": solution,
+    return {"problem": problem, "answer": answer, "solution": solution,
             "expert_response": solution}
 
 
@@ -79,19 +85,36 @@ def _gpqa(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
             "answer": LETTERS[options.index(right)], "id": row.get("Record ID")}
 
 
-def _choices(row: Mapping[str, Any], choices: Any) -> dict[str, Any]:
-    """Choices are a list, or ARC's {text: list, label: list}; the key is a label, or a place."""
+def _choices(row: Mapping[str, Any], question: str, choices: Any, key: Any) -> dict[str, Any]:
+    """Choices are a list of texts or of {text, label}, ARC's {text: list, label: list}, or
+    {label: text}; the key is a label, the text of an option, or a place from 0 on."""
+    if isinstance(choices, Mapping) and "text" not in choices:
+        choices = {"text": list(choices.values()), "label": list(choices)}
+    elif isinstance(choices, list) and all(isinstance(each, Mapping) for each in choices):
+        choices = {name: [each.get(name) for each in choices] for name in ("text", "label")}
     texts, labels = choices, None
     if isinstance(choices, Mapping):
-        texts, labels = choices.get("text"), choices.get("label")
-    labels = [str(label) for label in labels or LETTERS[:len(texts or ())]]
-    key = str(row.get("answerKey", row.get("answer")))
-    place = labels.index(key) if key in labels else int(key) if key.isdecimal() else -1
-    if not isinstance(texts, list) or not 0 <= place < len(texts) <= len(LETTERS):
-        raise ValueError(f"the answer {key!r} is none of the choices {labels}")
-    name = next((row[name] for name in ("id", "question_id") if row.get(name) is not None), None)
-    return {"problem": _with_options(row["question"], texts), "answer": LETTERS[place],
-            "id": str(name) if name is not None else None}
+        texts, labels = choices["text"], choices.get("label")
+    if not isinstance(texts, list) or not all(isinstance(each, str | int | float)
+                                              for each in texts):
+        raise ValueError(f"the choices {choices!r} are no list of texts")
+    texts = list(map(str, texts))
+    if not labels or None in labels:
+        labels = LETTERS[:len(texts)]
+    labels = [str(label) for label in labels]
+    name = str(key).strip()
+    bare = name.strip("(). ").upper()   # as in (b)
+    if name in labels or bare in labels:
+        place = labels.index(name if name in labels else bare)
+    elif type(key) is str and name in texts:   # a number of the file, as MMLU has, is a place
+        place = texts.index(name)
+    else:
+        place = int(name) if name.isdecimal() else -1
+    if not 0 <= place < len(texts) <= len(LETTERS):
+        raise ValueError(f"the answer {name!r} is none of the choices {labels}")
+    own = next((row[each] for each in ("id", "question_id") if row.get(each) is not None), None)
+    return {"problem": _with_options(question, texts), "answer": LETTERS[place],
+            "id": str(own) if own is not None else None}
 
 
 def _with_options(question: str, options: list[str]) -> str:

@@ -131,7 +131,13 @@ def _equal_functions(x: sympy.Expr, y: sympy.Expr, sign: str) -> bool | None:
         kind = 5 if rough and number % 2 else number % 8
         point = {variable: _coordinate(kind, rng, int(scale), steps) for variable in variables}
         u, v = _value(x, point), _value(y, point)
-        if u is None or v is None or u.is_real != v.is_real:
+        if u is None or v is None:
+            continue
+        if u.is_real != v.is_real:
+            # One that writes |x| means numbers below 0, too: \ln|x| is not \ln x. Without it, the
+            # domain is mostly left unsaid, as in \ln x^2 = 2\ln x.
+            if x.has(sympy.Abs) != y.has(sympy.Abs) and _needs_domain(y if u.is_real else x):
+                return False
             continue
         if u == 0 or v == 0:
             if u != v:
@@ -148,6 +154,12 @@ def _equal_functions(x: sympy.Expr, y: sympy.Expr, sign: str) -> bool | None:
         if agreed == needed:
             return sign not in (">", r"\ge") or bool(ratio is not None and ratio > 0)
     return None
+
+
+def _needs_domain(x: sympy.Expr) -> bool:
+    """Whether it has a logarithm or an even root."""
+    return x.has(sympy.log) or any(isinstance(power.exp, sympy.Rational) and power.exp.q % 2 == 0
+                                   for power in x.atoms(sympy.Pow))
 
 
 def _rough(x: sympy.Expr) -> bool:

@@ -11,18 +11,24 @@ def last_box(text: str) -> str | None:
     r"""The content of the last \boxed{…} or \fbox{…} with balanced braces.
 
     Of \boxed 5, it is the text up to a space, $ or unmatched brace, without a final .,; behind it.
-    None if there is no box, or if the last one is not closed.
+    An empty box, as in "put it in \boxed{}", does not count. None if there is no other box, or if
+    the last one is not closed.
     """
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    box = _BOX.match(text, start) if start >= 0 else None
-    if not box:
-        return None
-    if not text.startswith("{", box.end()):
-        content = _UNBRACED.match(text, box.end())
-        return content[0].rstrip(".,;") if content else None
-    depth = 0
-    for brace in _BRACES.finditer(text, box.end()):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)   # \{ and \} do not count
-        if depth == 0:
-            return text[box.end() + 1:brace.start()].strip()
+    end = len(text)
+    while (start := max(text.rfind(name, 0, end) for name in ("\\boxed", "\\fbox"))) >= 0:
+        box = _BOX.match(text, start)
+        if not box:
+            return None
+        if not text.startswith("{", box.end()):
+            content = _UNBRACED.match(text, box.end())
+            return content[0].rstrip(".,;") if content else None
+        depth, content = 0, None
+        for brace in _BRACES.finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)   # \{ and \} do not count
+            if depth == 0:
+                content = text[box.end() + 1:brace.start()].strip()
+                break
+        if content != "":
+            return content
+        end = start
     return None

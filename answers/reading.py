@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from answers.expressions import FUNCTIONS, GROUPED, SYMBOL, THOUSANDS, has_letters, rewrite
-from answers.units import UNITS, read_unit
+from answers.units import UNITS, read_unit, same_unit
 
 # --------------------------------------------------------------------------------------------------
 # Shapes
@@ -83,6 +83,7 @@ _SYMBOLS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "�
             "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∅": r"\emptyset ", "∪": r"\cup ",
             "∈": r"\in ", "±": r"\pm ", "√": r"\sqrt ", "€": r"\euro ", "£": r"\pounds ",
             "¢": " cents", "₹": r"\rupee ", "¥": r"\yen ", "Å": " angstrom", "ℝ": r"\mathbb{R}",
+            "ℤ": r"\mathbb{Z}",
             "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
             "\u2009": r"\,", "\u202f": r"\,", "\u00a0": " ", "’": "'", "′": "'", "“": "", "”": "",
             "\ufeff": "", "\u200b": "", "…": r"\dots ", "⩽": r"\le ", "⩾": r"\ge ", "∶": ":",
@@ -96,6 +97,9 @@ _FIRST = [(re.compile(pattern), same) for pattern, same in (
     (r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\\sqrt{\1}"), (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"(?s)\\\{\s*\\begin\{(array|aligned)\}(?:\s*\{[^{}]*\})?((?:(?!\\(?:begin|end)).)*)"
+     r"\\end\{\1\}(?!\s*(?:\\right\s*)?\\\})",
+     lambda match: rf"\begin{{cases}}{match[2].replace('&', '')}\end{{cases}}"),
     (r"\\begin\{array\}\s*\{[^{}]*\}|\\begin\{smallmatrix\}", r"\\begin{matrix}"),
     (r"\\end\{(?:array|smallmatrix)\}", r"\\end{matrix}"))]
 _ALIKE = [(re.compile(pattern), same) for pattern, same in (
@@ -134,6 +138,8 @@ _ALIKE = [(re.compile(pattern), same) for pattern, same in (
 _WRAPPED = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]|\$+((?:[^$\\]|\\.)*)\$+"
                       r"|\\(?:text|f?box(?:ed)?|math(?:bf|sf|it|tt))\s*\{(.*)\}|\{(.*)\}",
                       re.DOTALL)
+_ANSWER_IS = r"(?:the )?(?:final )?answer(?: is ?:?| ?:) ?"
+_LABEL = re.compile(rf"(?:{_ANSWER_IS}|\\text ?\{{ ?{_ANSWER_IS}\}} ?)(?=.)", re.IGNORECASE)
 _THIN = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?: ?\\[,;:] ?[0-9]{3})+(?![0-9])")
 _SPACES = re.compile(r"(\\\\)|\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s|\\$")   # \\ ends a row
 # A space beside a character that is no letter or digit separates nothing; "1, 234" is not 1,234.
@@ -159,7 +165,7 @@ def tidy(text: str) -> str:
     if (ordinal := _ORDINAL.match(text)) and ordinal[3] == (
             "th" if ordinal[1][-2:-1] == "1" else _ENDINGS.get(ordinal[2], "th")):
         text = ordinal[1] + text[ordinal.end():]
-    return text.removeprefix("=").strip()
+    return _LABEL.sub("", text.removeprefix("=").strip())
 
 
 def without_needless_spaces(text: str) -> str:
@@ -294,7 +300,7 @@ def quantity(text: str) -> Quantity | None:
     if number and (after := read_unit(number[1])):
         found, (trailing, factor) = number[0], after
         if unit and trailing and unit != trailing:
-            unit = f"{unit} {trailing}"
+            unit = unit + trailing if trailing.startswith("/") else f"{unit} {trailing}"
         if factor != 1 and found.value is not None:
             value = found.value * factor
             found = replace(found, text=_as_latex(value), value=value,
@@ -340,7 +346,8 @@ _DATES = [re.compile(pattern, re.IGNORECASE | re.ASCII) for pattern in (
 _LETTER = re.compile(r"(?:(?:option|choice|answer) )?\(?\s*([A-Za-z])\s*\)?\s*[.:]?",
                      re.IGNORECASE | re.ASCII)
 _CHOICE = re.compile(
-    r"(?:\(([A-J])\)|([A-J])[.:)]) (?!(?:is |are )?(?:and|or|not|nor|vs|then|through|only|but|"
+    r"(?:\(([A-J])\)|([A-J])[.:)])(?: |(?<!:)(?=[0-9$]|\\(?:frac|sqrt|pi|\$)))"
+    r"(?!(?:is |are )?(?:and|or|not|nor|vs|then|through|only|but|"
     r"wrong|false|incorrect|no|none)\b)(?!.*(?:\b[A-J]\b|\([A-J]\)))([^\s,;()\[\]&+*/^=-].*)",
     re.ASCII)
 _WORDS = re.compile(r"[A-Za-z]+(?:'[a-z]+)?(?:[ -]+[A-Za-z]+(?:'[a-z]+)?)*")
@@ -358,6 +365,10 @@ _NAME = re.compile(
     rf"|(?=[a-zA-Z]*[aeiouAEIOU][a-zA-Z]*[aeiou])[A-Za-z]{{4,}}|\\Delta [A-Za-z]")
 _NO_NAME = re.compile(rf"(?:{'|'.join(FUNCTIONS)}|sqrt|pi).*|.*\b(?:not|never|wrong|false)\b.*",
                       re.IGNORECASE)
+_OF_WHOLE = re.compile(r"(.+?)[,;]? ?\(?([a-z]) ?\\in ?(?:\\mathbb ?\{?Z\}?|Z)\)?")
+_REALS = re.compile(r"\\mathbb ?\{?R\}?|(?:the set of )?(?:all )?real numbers", re.IGNORECASE)
+_SUCH_THAT = re.compile(r" ?([a-zA-Z]) ?(?:\\mid|\\vert|\||:) ?(.+)")
+_RANGES = ("()", "(]", "[)", "[]", "union")
 _MIRROR = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
@@ -370,6 +381,9 @@ def read(text: str) -> Shape | None:
     """The shape of an answer that `tidy` returned; None for what is not understood."""
     if not text or not _balanced(text):
         return None
+    if (whole := _OF_WHOLE.fullmatch(text)) and re.search(rf"(?<![a-zA-Z]){whole[2]}(?![a-zA-Z])",
+                                                          whole[1]):
+        text = whole[1]   # k\pi, k\in\mathbb{Z}
     text = re.sub(r"\\langle ([^()\[\]]*,[^()\[\]]*?)\s*\\rangle", r"(\1)", text)
     plain = plain_text(text)
     if letter := _LETTER.fullmatch(plain):
@@ -387,6 +401,8 @@ def read(text: str) -> Shape | None:
         return _relation([side for _, side in sides], [sign for sign, _ in sides[1:]])
     if text in (r"\emptyset", r"\{ \}"):
         return Parts("{}", ())
+    if _REALS.fullmatch(plain):
+        return _parts("()", [r"-\infty", r"\infty"])
     if re.fullmatch(r"\\mathbb\s*\{?[A-Z]\}?|\\[lc]?dots|\.\.\.", text):
         return Words("dots" if "." in text or "dots" in text else "mathbb " + text.strip("}")[-1])
     if len(sets := _split(text, r"\\cup(?![a-zA-Z])")) > 1:
@@ -519,6 +535,12 @@ def _solutions(shapes: list[Any], names: list[str | None], marks: list[str]) -> 
 
 def _relation(sides: list[str], signs: list[str]) -> Shape | None:
     names = [_name(side) for side in sides]
+    if names[0] and len(sides) == 3 and signs[0] == "=" and signs[1] in ("=", r"\approx"):
+        value = _chain(sides[1:], signs[1])
+        return value and Named(names[0], value)
+    if len(sides) == 2 and not any(names) and all(sides) and signs[0] in ("=", r"\approx") and (
+            value := _chain(sides, signs[0])):
+        return value
     if r"\approx" in signs:
         value = read(sides[1]) if len(sides) == 2 and (names[0] or not sides[0]) else None
         if names[0]:
@@ -555,6 +577,18 @@ def _relation(sides: list[str], signs: list[str]) -> Shape | None:
     return Relation(sign, f"({latex[0]})-({latex[1]})", value if known else None)
 
 
+def _chain(sides: list[str], sign: str) -> Quantity | None:
+    r"""\frac72 = 3.5 and 2\pi \approx 6.28 are their first side; None where the second differs."""
+    a, b = read(sides[0]), read(sides[1])
+    if not isinstance(a, Quantity) or not isinstance(b, Quantity) or b.value is None or (
+            has_letters(a.text) or not same_unit(a.unit, b.unit)):
+        return None
+    if sign == "=":
+        return a if a.value == b.value else None
+    rounded = a.value is None or b.last and 2 * abs(a.value - b.value) <= b.last
+    return a if rounded else None
+
+
 def _between(sides: list[str], signs: list[str], name: str) -> Named | None:
     """a < x < b."""
     ends = [sides[0], sides[2]]
@@ -583,6 +617,10 @@ def _bracketed(text: str) -> Shape | None:
     inside = text[len(opening):-len(closing)]
     if closing not in pairs.get(opening, ()) or not _closes_at_end(text):
         return None
+    if opening == r"\{" and (rule := _SUCH_THAT.fullmatch(inside)):   # {x | x > 2}
+        found = read(rule[2].strip())
+        value = found.value if isinstance(found, Named) and found.name == rule[1] else None
+        return value if isinstance(value, Parts) and value.brackets in _RANGES else None
     if opening == r"\{":
         return _parts("{}", [each for _, each in _split(inside, "[,;]")] if inside.strip() else [])
     marks = ";" if len(_split(inside, ";")) > 1 else ","

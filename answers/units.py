@@ -71,7 +71,9 @@ _REWRITES = [(re.compile(pattern), plain) for pattern, plain in (
     (r"\^\s*\{?(-?[0-9])\}?", r" ^\1 "),
     (r"\b(?:square|sq\.?) ([a-zA-Z]+)\.?", r"\1 ^2"), (r"\bcubic ([a-zA-Z]+)\.?", r"\1 ^3"),
     (r"\b([a-z]{2,}) squared\b", r"\1 ^2"), (r"\b([a-z]{2,}) cubed\b", r"\1 ^3"),
-    (r"\b([ckm]?m|ft|in)([23])\b", r"\1 ^\2"), (r"\bper\b", "/"), (r"[()]", " "))]
+    (r"\b([ckm]?m|ft|in)([23])\b", r"\1 ^\2"), (r"\bper cent\b", " percent "),
+    (r"\bper\b", "/"), (r"[()]", " "))]
+_PER = re.compile(r"\s*(?:\\text\s*\{)?\s*per\b")
 _TOKEN = re.compile(r"\s*(?:(?P<word>[a-zA-Z]+)\.?|(?P<power>\^-?[0-9])|(?P<over>/)"
                     r"|(?P<hyphen>(?<=[a-zA-Z])-(?=[a-zA-Z])))\s*")
 
@@ -85,6 +87,7 @@ def read_unit(text: str) -> tuple[str, int] | None:
         return "", 1
     adjacent = text[0].isalpha()
     written = "\\text" in text or re.sub(r"[\s{}]", "", text) in _RATES and not adjacent
+    rate = bool(_PER.match(text))   # 18 per hour
     for pattern, plain in _REWRITES:
         text = pattern.sub(plain, text)
     found, place, factor, text = [], 0, 1, text.strip()
@@ -96,8 +99,12 @@ def read_unit(text: str) -> tuple[str, int] | None:
             return None
         place, word = token.end(), token["word"]
         if word is None:
-            # A sign stands behind a word, and / also before one.
-            if not found or not found[-1][0].isalpha() and not (
+            # A sign stands behind a word, and / also before one: 18/hour.
+            if not found and token["over"]:
+                after = _TOKEN.match(text, place)
+                if after is None or not rate and after["word"] not in _SPELLED:
+                    return None
+            elif not found or not found[-1][0].isalpha() and not (
                     token["over"] and found[-1].startswith("^")):
                 return None
             if token["power"] and found[-1].split()[0] in ("percent", "degree", "dollar", "cent"):
@@ -107,17 +114,18 @@ def read_unit(text: str) -> tuple[str, int] | None:
             if any(found):
                 return None
             factor *= _MAGNITUDES[word.lower()]
-        elif (unit := _unit(word, written, adjacent)) is None:
+        elif (unit := _unit(word, written or rate, adjacent, bool(found))) is None:
             return None
         else:
             found += [unit] if unit else []
             adjacent = False
     if found and found[-1] == "/":
         return None
-    return " ".join(found).replace(" / ", "/"), factor
+    return re.sub(" ?/ ?", "/", " ".join(found)), factor
 
 
-def _unit(word: str, written: bool, adjacent: bool) -> str | None:
+def _unit(word: str, written: bool, adjacent: bool, behind: bool) -> str | None:
+    """The word in one spelling; None for what is no unit. behind: it stands behind another one."""
     lower = word.lower()
     if lower in _NO_UNITS or _FUNCTION.fullmatch(lower) or _NUMERAL.fullmatch(lower):
         return None
@@ -127,7 +135,8 @@ def _unit(word: str, written: bool, adjacent: bool) -> str | None:
     if known is not None:
         bare = word in _BARE or word in _SPELLED or lower in _SPELLED
         return known if written or bare and (not adjacent or word in _ADJACENT) else None
-    if adjacent or len(word) < (3 if written or lower in _NOUNS else 4) or not written and (
+    short = written or behind or lower in _NOUNS   # years old
+    if adjacent or len(word) < (3 if short else 4) or not written and (
             not re.search("[aeiou]", lower)):
         return None
     for ending, end in (("ies", "y"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("sses", "ss")):
@@ -143,6 +152,8 @@ def same_unit(a: str, b: str) -> bool:
         return True
     for one, other in ((a, b), (b, a)):
         if one in ("percent", "degree") and other.startswith(one + " "):   # 20% increase, 5 °C
+            return True
+        if one.startswith("/") and other.endswith(one):   # 18 per hour
             return True
         if one.split()[0] == "unit" and one.split()[1:] == other.split()[1:]:   # square units
             return True

@@ -100,8 +100,13 @@ def test_the_order_of_gpqa_options_is_that_of_the_seed(tmp_path):
 
 @pytest.mark.parametrize("choices, key, answer", [
     (["ice", "iron", "salt", "wood"], 2, "C"), (["ice", "iron"], "A", "A"),
+    (["ice", "iron"], "(b)", "B"), (["ice", "iron"], "iron", "B"), (["0", "1", "2"], "1", "B"),
+    (["1", "2", "3"], "2", "B"), (["1", "2", "3"], 2, "C"), ({"A": "ice", "B": "iron"}, "B", "B"),
+    ([{"label": "A", "text": "ice"}, {"label": "B", "text": "iron"}], "B", "B"),
     ({"text": ["ice", "iron"], "label": ["A", "B"]}, "B", "B")])
-def test_choices_have_a_label_or_a_place_as_key(choices, key, answer):
+def test_choices_have_a_label_a_text_or_a_place_as_key(choices, key, answer):
+    problem = to_fields({"question": "?", "choices": choices, "answer": key}, "boxed", 0)["problem"]
+    assert problem.startswith("?\nA. ") and not {"{", "'"} & set(problem)
     assert to_fields({"question": "?", "choices": choices, "answer": key}, "boxed", 0)[
         "answer"] == answer
     with pytest.raises(ValueError, match="none of the choices"):
@@ -126,6 +131,14 @@ def test_columns_name_what_no_form_has(tmp_path):
         load_problems(file)
     with pytest.raises(ValueError, match="no column 'gold.text', which --columns names"):
         load_problems(file, columns={"answer": "gold.text"})
+    for row, named, found in (
+            ({"q": "?", "a": "5+5=10\n#### 10"}, {"problem": "q", "answer": "a"}, ("?", "10")),
+            ({"question": "?", "options": ["ice", "iron"], "correct": "B"}, {"answer": "correct"},
+             ("?\nA. ice\nB. iron\nAnswer with the letter of the right option.", "B")),
+            ({"prompt": "?", "reward_model": {"ground_truth": "7"}, "gold": "8"},
+             {"answer": "gold"}, ("?", "8"))):
+        problem, = load_problems(write(tmp_path / "one.jsonl", [row]), columns=named)
+        assert (problem.problem, problem.answer) == found
     optional = columns | {"solution": "worked"}   # where it is not needed, it may lack
     assert load_problems(file, columns=optional)[0].solution is None
     with pytest.raises(ValueError, match="no column 'worked'"):
@@ -142,6 +155,9 @@ def test_csv_and_json_files_keep_answers_as_they_are_written(tmp_path):
             ("1+1, or\n2", "2.50", None), ("b", "1/2", "s")]
     (tmp_path / "bad.csv").write_text("problem,answer\na,\n")
     with pytest.raises(ValueError, match="bad.csv, row 1: field 'answer'"):
+        load_problems(tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").write_text("problem,answer\na,(1, 2)\n")
+    with pytest.raises(ValueError, match="bad.csv, row 1 has more cells than the header: quote"):
         load_problems(tmp_path / "bad.csv")
     (tmp_path / "bad.json").write_text('[{"problem": "a", "answer": "1"}, 3]')
     with pytest.raises(ValueError, match="bad.json, item 2: a JSON object was expected"):

@@ -414,13 +414,17 @@ def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypat
     systems = [("seed: 0", "errs: true", "test_data: tiny", "steps: 60\nbonus_steps: 60"),
                ("seed: 1", "errs: true", "test_data: [/a/tiny]", "steps: 70\nbonus_steps: 70"),
                ("seed: 0", "errs: true", "test_data: [tiny]", "steps: 60\nbonus_steps: 20"),
-               ("seed: 0", "errs: false", "test_data: [tiny]", "steps: 60\nbonus_steps: 60")]
+               ("seed: 0", "errs: false", "test_data: [tiny]", "steps: 60\nbonus_steps: 60"),
+               ("seed: 0", "errs: true", "model: /a/model", "bonus_steps: 20\nsystem: $\\boxed{}$"),
+               ("seed: 0", "errs: true", "model: /b/model", "bonus_steps: 20\nsystem: /b")]
     for number, settings in enumerate(systems):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.yaml").write_text("\n".join(["method: icpo", *settings]))
         (tmp_path / str(number) / "metrics.jsonl").write_text('{"step": 1, "reward_on": -1.5}\n')
     figure, names = drawn(monkeypatch, curves, [tmp_path / name for name in "0123"],
                           tmp_path / "out.png")
+    assert len(drawn(monkeypatch, curves, [tmp_path / name for name in "45"],
+                     tmp_path / "out.png")[1]) == 2
     assert names == [f"ICPO {each}" for each in (
         "--errs true --bonus-steps 0, 2 seeds", "--errs true --bonus-steps 20",
         "--errs false --bonus-steps 0")]

@@ -50,7 +50,8 @@ def box(answer: str) -> str:
     (r"\boxed\frac12$", r"\frac12"),
     (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
     (r"\boxed{1 \boxed{2}}", "2"),                         # the inner box counts
-    (r"\boxed{}", ""),
+    (r"\boxed{}", None),
+    (r"\boxed{5}, as asked, in \boxed{}.", "5"),          # an empty box does not count
     (r"\boxed{7", None),
     (r"\boxed", None),
     (r"\boxed{1} and \boxed{2", None),                     # an unclosed last box is no answer
@@ -224,6 +225,10 @@ def test_the_command_lists_the_references_that_are_not_understood(tmp_path):
     found = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True).stdout
     assert found == ("data-2: at least 5\ndata-3: \\frac{\n2 of 5 references (40.0%) are not "
                      "understood; only a response with the same text earns there\n")
+    file.write_text('{"q": "?", "a": ["1", "at least 5"]}\n')
+    named = [*command, str(file), "--columns", "problem=q,answer=a", "--answer-lists", "all"]
+    found = subprocess.run(named, capture_output=True, text=True, check=True).stdout
+    assert found.startswith("data-1: 1; at least 5\n1 of 1 references")
     gone = subprocess.run([*command, "gone.jsonl"], capture_output=True, text=True)
     assert gone.returncode == 2 and "no data file at gone.jsonl" in gone.stderr
 
@@ -447,6 +452,15 @@ def test_own_rewards_are_called_and_checked(tmp_path, parameters, body, expected
     finally:
         reward.close()
     assert not psutil.pid_exists(reward.process.pid)
+
+
+def test_an_own_reward_named_from_its_folder_tells_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def mine(responses, problems):\n    return 1 / 0\n")
+    reward = OwnReward("own.py:mine", timeout=60.0)
+    with pytest.raises(RewardError, match="own.py, line 2, in mine: ZeroDivisionError"):
+        reward(["a"], PROBLEMS[:1])
+    reward.close()
 
 
 @pytest.mark.parametrize("name, content, message", [

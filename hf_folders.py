@@ -64,21 +64,10 @@ def _check_supported(hf) -> None:
     if hf.model_type == "mistral" and hf.sliding_window is not None:
         raise ValueError(f"sliding_window: {hf.sliding_window} is not supported; supported: "
                          f"Mistral models whose sliding_window is null (from version 0.2 on)")
-    rope_type = rope_settings(hf).get("rope_type", "default")
+    rope_type = hf.rope_parameters["rope_type"]
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type {rope_type!r} is not supported; supported: 'default', "
                          f"'llama3'")
-
-
-def rope_settings(hf) -> dict[str, Any]:
-    """rope_theta, rope_type and what that type needs, of either version of transformers.
-
-    transformers 5 keeps them in rope_parameters; 4 keeps them in rope_theta and rope_scaling.
-    """
-    rope = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope["rope_theta"] = rope.get("rope_theta") or getattr(hf, "rope_theta", None) or 10_000.0
-    return rope
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -29,14 +29,7 @@ import torch.nn.functional as F
 
 from distributed import barrier, full_tensor, is_main, sharded_like
 from files import read_object
-from hf_folders import (
-    find_folder,
-    read_config,
-    read_tensors,
-    read_tokenizer,
-    rope_settings,
-    write_folder,
-)
+from hf_folders import find_folder, read_config, read_tensors, read_tokenizer, write_folder
 from machine import to_device, wide_product
 from memory import LOGITS_CHUNK, LOGITS_IN_CACHES
 
@@ -78,7 +71,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf) -> "ModelConfig":
         """The shape that a transformers config gives."""
-        rope, scaling = rope_settings(hf), None
+        rope, scaling = hf.rope_parameters, None
         if rope["rope_type"] == "llama3":
             scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
                                   rope["original_max_position_embeddings"])

@@ -69,6 +69,7 @@ from runs import (
     discard,
     find_model,
     give_back,
+    key_of,
     load_checkpoint,
     read_model,
     settings_of_run,
@@ -278,7 +279,6 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     on_main(lambda: write_settings(folder, o, run.start))
     # It comes after, because a kill here must leave a folder that can be resumed.
     on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))
-    on_main(lambda: run.trackers.catch_up())
     return run
 
 
@@ -456,7 +456,7 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        return self.data, self.shots, self.temperature, self.again, self.demo_format
+        return key_of(self.label)
 
     @property
     def label(self) -> dict[str, Any]:

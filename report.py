@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from curves import draw, read_metrics
-from distributed import Totals, barrier, gather_lists, is_main, largest, on_main
+from distributed import Totals, gather_lists, is_main, largest, on_main
 from files import append_lines
 from model_card import write_card
 from runs import how_to_go_on
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from options import TrainingOptions
     from prepare import Run
     from train import Batch
-
-
-# Metrics of icpo_loss that are shares of tokens or means over them.
-SHARES = ("kl", "clip_fraction", "clip_fraction_off", "off_policy_share")
 
 
 def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: float | None,
@@ -210,16 +206,6 @@ def evaluation_row(found: dict[str, dict[str, float]], ending: str) -> dict[str,
     return row
 
 
-def read_best(folder: Path) -> float:
-    """The held-out accuracy of the model in best/, or minus infinity.
-
-    Every process must call it.
-    """
-    return on_main(lambda: max((row["eval_accuracy"] for row in read_metrics(folder)
-                                if "eval_accuracy" in row and (folder / "best").is_dir()),
-                               default=-math.inf))
-
-
 def keep_best(run: "Run", accuracy: float, best: float) -> float:
     """Writes the model to best/ if it is better than the one there; returns the better accuracy.
 
@@ -230,12 +216,18 @@ def keep_best(run: "Run", accuracy: float, best: float) -> float:
     return max(accuracy, best)
 
 
-def read_accuracies(folder: Path) -> list[float]:
-    """The held-out accuracies of the steps made so far. Every process must call it."""
-    accuracies = [row[name] for row in read_metrics(folder)
-                  for name in ("eval_accuracy_before", "eval_accuracy") if name in row]
-    barrier()   # every process reads the file before rank 0 adds to it
-    return accuracies
+def read_accuracies(folder: Path) -> tuple[list[float], float]:
+    """The held-out accuracies of the steps made so far, and that of the model in best/, or -inf.
+
+    Every process must call it.
+    """
+    def read():
+        rows = read_metrics(folder)
+        after = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
+        before = [row["eval_accuracy_before"] for row in rows if "eval_accuracy_before" in row]
+        return before + after, max(after if (folder / "best").is_dir() else [], default=-math.inf)
+
+    return on_main(read)
 
 
 def draw_curves(run: "Run", last: bool) -> None:

@@ -2,7 +2,6 @@
 
     trackers = Trackers()
     trackers.begin(["tensorboard", "wandb"], folder, settings, steps_made)
-    trackers.catch_up()
     trackers.step(metrics, samples)      # rows of metrics.jsonl and samples.jsonl
     trackers.end(picture)
 
@@ -154,8 +153,8 @@ class Trackers:
         """Opens the trackers of these names; "none" is none.
 
         settings: those of the run. steps: that the run has made; without any it gets an identity of
-        its own, else it goes on under the old one, see catch_up. Raises ValueError, which names the
-        tracker, for one that cannot begin.
+        its own, else it goes on under the old one, and each tracker gets the steps that it lacks.
+        Raises ValueError, which names the tracker, for one that cannot begin.
         """
         self.folder, self.file = folder, folder / "trackers.json"
         self.state = read_object(self.file) if steps and self.file.is_file() else {}
@@ -164,9 +163,6 @@ class Trackers:
             with naming(f"--report-to {name}"):
                 self.open[name] = KINDS[name](folder, settings, steps, self.state["id"],
                                               self.state.get(name, 0))
-
-    def catch_up(self) -> None:
-        """Gives the trackers those of the run's steps that they lack."""
         if self.open:
             samples: dict[int, list[dict]] = {}
             for row in read_lines(self.folder / "samples.jsonl"):

@@ -251,8 +251,9 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
                    padding=packing.padding, shared=packing.shared)
     norm = distributed.clip_gradients(run.model, o.grad_clip)
     found = totals.over_processes() | {"grad_norm": norm}
-    for name in report.SHARES if o.loss_aggregation == "fixed" else ():   # they are by tokens
-        found[name] *= total / max(size["tokens"], 1)
+    if o.loss_aggregation == "fixed":   # these are shares of tokens, or means over them
+        for name in ("kl", "clip_fraction", "clip_fraction_off", "off_policy_share"):
+            found[name] *= total / max(size["tokens"], 1)
     found["skipped"] = not math.isfinite(found["policy_loss"] + norm)
     if not found["skipped"]:
         run.optimizer.step()
@@ -299,8 +300,8 @@ def held_out_accuracy(run: Run) -> dict[str, dict[str, float]]:
 
 def train(run: Run) -> None:
     """Makes all steps from run.start on, or until a signal. Errors: see messages_on_exit."""
-    o, skipped, accuracies = run.options, 0, report.read_accuracies(run.folder)
-    best = report.read_best(run.folder)
+    o, skipped, last = run.options, 0, True
+    accuracies, best = report.read_accuracies(run.folder)
     with runs.stop_on_signal() as stop, report.step_bar(run) as bar:
         def say(phase: str) -> None:
             bar.set_description(f"{o.method}, {phase}")
@@ -333,17 +334,14 @@ def train(run: Run) -> None:
                                      o.keep_checkpoints)
                 report.draw_curves(run, last)
             bar.update()
-            if stopped and not last:
-                say("stopped")
+            if stopped:
                 break
-        else:
-            stopped = False
-            say("done")
-    if stopped:
-        report.say_stopped(run, step + 1)
-    else:
+        say("done" if last else "stopped")
+    if last:
         run.save("final")
         report.say_results(run, accuracies)
+    else:
+        report.say_stopped(run, step + 1)
 
 
 def main() -> None:

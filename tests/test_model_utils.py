@@ -7,7 +7,6 @@ import json
 import platform
 import random
 import shutil
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -243,15 +242,13 @@ def test_a_sliding_window_is_refused(family, changes, words, tmp_path):
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])
-def test_rope_settings_of_transformers_4_are_read(type_key, tmp_path):
+def test_folders_of_transformers_4_are_read(type_key, tmp_path):
     config = make_config("llama", rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16)
     hf = make_folder(tmp_path, config)
     old = json.loads((tmp_path / "config.json").read_text())
     del old["rope_parameters"]
     old |= {"rope_theta": 5e5,
             "rope_scaling": {type_key: "llama3"} | dict(list(LLAMA3_SCALING.items())[1:])}
-    # The config object of transformers 4 and its config.json both use these names.
-    assert ModelConfig.from_hf(SimpleNamespace(**old)) == ModelConfig.from_hf(config)
     (tmp_path / "config.json").write_text(json.dumps(old))
     tokens = random_tokens(2, 80)
     with torch.no_grad():

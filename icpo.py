@@ -10,7 +10,7 @@ rows, `group` the question of each row, `off_policy` True for responses sampled 
     loss, _    = icpo_loss(logprobs, old_logprobs, advantages, mask * keep[:, None], off_policy)
 
 with bonus = annealed_bonus(t, T). `logprobs` are those of the plain question in every row;
-`old_logprobs` are those of the prompt that sampled the row.
+`old_logprobs` are those of the prompt that sampled the row. Both divide logits by the temperature.
 
 Where the paper's text leaves a choice:
 1. (ERRS) accepts R ≥ δ, because the printed R > δ accepts nothing where R is 0 or 1 and δ is 1.

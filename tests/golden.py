@@ -65,7 +65,12 @@ TRAINING = {   # name: (options, processes)
         "--advantage-eps 0.5", "--std-unbiased false", "--kl-coef 0", "--shaping false",
         "--shaping-lambda 0.5", "--off-policy-denominator one", "--errs true --errs-strict true",
         "--errs true --delta 0", "--alpha 2", "--bonus-decay cosine", "--bonus-decay exponential",
-        "--bonus-steps 9")},
+        "--bonus-steps 9", "--loss-aggregation sequences", "--loss-aggregation fixed",
+        "--mask-truncated true", "--entropy-coef 0.1", "--advantage-std false",
+        "--off-policy-when all-wrong", "--lr-schedule cosine --lr-warmup-steps 1",
+        "--adam-beta1 0.5 --adam-beta2 0.9 --adam-eps 1e-3", "--stop } --system Add.",
+        "--demo-format turns", "--eval-top-p 0.5 --eval-top-k 3")},
+    "luffy release": ("--method luffy-release", 1),
 }
 RESUMED = {"resumed": 1, "resumed on 2": 2}   # name: processes; a run of 2 steps goes on to step 4
 EVALUATION = {   # name: (options, processes)

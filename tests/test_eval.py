@@ -14,6 +14,7 @@ from processes import run as run_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 import curves
+import eval as evaluation
 import pilot
 import runs
 import train
@@ -432,18 +433,32 @@ def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypat
     assert low < -1.5 < high
 
 
+@pytest.mark.parametrize("settings, alike", [
+    ("", False), ("--temperature 0", True), ("--top-k 1", True), ("--top-p 1e-6", True)])
+def test_an_evaluation_samples_with_its_settings(tmp_path, settings, alike):
+    o = parse_evaluation(["--shots", "0", "--limit", "12", "--samples", "3", "--device", "cpu",
+                          "--output", str(tmp_path / "a.jsonl"), *settings.split()], "")
+    model, builder, scorer, (case,) = prepare_evaluation(o)
+    sampler = evaluation.make_sampler(o, model, builder, [case])
+    records = evaluation.sample_case(o, model, builder, scorer, case, [], sampler)
+    answers = {(record["id"], record["response"]) for record in records}
+    assert len(records) == 36 and (len(answers) == 12) == alike
+
+
 def test_an_evaluation_of_a_run_asks_as_the_run_did(tmp_path, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "config.yaml").write_text(
         "method: icpo\nanswer_format: gsm8k\ninstruction: Think.\nstop: [a, b]\nsystem: Hello\n"
-        "max_new_tokens: 100\nseed: 3\n")
+        "max_new_tokens: 100\nseed: 3\ndtype: bfloat16\n")
     model = str(tmp_path / "final")
     found = parse_evaluation(["--model", model, "--instruction", "Reason."], "", settings_of_run)
     assert found == EvaluationOptions(model=model, answer_format="gsm8k", instruction="Reason.",
-                                      stop=["a", "b"], system="Hello", max_new_tokens=100)
+                                      stop=["a", "b"], system="Hello", max_new_tokens=100,
+                                      dtype="bfloat16")
     said = capsys.readouterr().err.strip()
     assert set(said.removeprefix("as the run was trained: ").split(", ")) == {
-        "--stop a b", "--answer-format gsm8k", "--system Hello", "--max-new-tokens 100"}
+        "--stop a b", "--answer-format gsm8k", "--system Hello", "--max-new-tokens 100",
+        "--dtype bfloat16"}
     raw = parse_evaluation(["--model", model, "--chat-template", "false"], "", settings_of_run)
     assert (raw.instruction, raw.system) == ("Think.", "")
     assert parse_evaluation(["--model", "tiny"], "", settings_of_run) == EvaluationOptions()

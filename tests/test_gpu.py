@@ -256,13 +256,15 @@ def test_two_steps_equal_those_of_the_cpu(options, on_gpu, data, tmp_path):
     assert max(changed) < (2e-5 if "bfloat16" not in options else 3e-4)
 
 
-def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(on_gpu, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("state", ["bfloat16", "cpu"])
+def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(on_gpu, data, state, tmp_path,
+                                                            monkeypatch):
     # The pictures take seconds.
     monkeypatch.setattr(trainer.report, "draw", lambda runs, output: output.touch())
     with on_gpu():
         for folder, steps in (("whole", "2"), ("resumed", "1")):
             trainer.train(prepare(tmp_path / folder, "cuda", *data, "--steps", steps,
-                                  "--optimizer-state", "bfloat16", "--eval-every", "0"))
+                                  "--optimizer-state", state, "--eval-every", "0"))
         trainer.train(prepare(tmp_path / "resumed", "cuda", "--resume", "--steps", "2"))
     for name, weights in weights_of(tmp_path / "whole").items():
         assert torch.allclose(weights_of(tmp_path / "resumed")[name], weights, atol=1e-4)

@@ -461,8 +461,7 @@ def test_token_logprobs_equals_the_full_softmax(chunk_size, at_once, tied, tempe
                      msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="the test needs a GPU"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bfloat16_logits_are_not_rounded(device):
     """Those of the model, of the sampler and of the log-probabilities are the product in float32:
     bfloat16 would be off by up to a hundredth here, and each of these rounded by itself."""
@@ -565,7 +564,10 @@ def packing_with_buckets(count, seed):
 def compiled_without_code(monkeypatch):
     """torch.compile traces and differentiates, but generates no code, which takes longest."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "all"])

@@ -182,6 +182,16 @@ def test_options_in_pages_exist():
     assert not {(option, name) for option, name in used if option not in known}
 
 
+@pytest.mark.parametrize("script, options", [("train", TrainingOptions),
+                                             ("eval", EvaluationOptions)])
+def test_options_in_commands_are_those_of_the_script(script, options):
+    known = {"--help"} | {flag(each.name) for each in fields(options)}
+    text = "\n".join(text_of(file) for file in [*PAGES, *CONFIGS])
+    commands = re.findall(rf"(?<!\w){script}\.py((?:[^`\n|&;\\]|\\\n)*)", text)
+    used = {option for command in commands for option in re.findall(r"--[a-z][\w-]*", command)}
+    assert len(used) > 15 and used <= known, used - known
+
+
 def test_the_procedure_shows_the_lines_of_train_step():
     lines = re.findall(r"`(\w+ = [^`]+)`", section("The method"))
     assert len(lines) == 5

@@ -6,8 +6,10 @@ import re
 import sys
 
 import pytest
+import torch
 
 from benchmarks import rollout as benchmark
+from model_utils import ModelConfig
 from options import TINY
 
 # It answers every case with as many tokens as are wanted, or with fewer, at a rate of its own.
@@ -47,6 +49,18 @@ def run(tmp_path, monkeypatch, capsys, *arguments, missing=0):
     figures = {name: float(value)
                for name, value in re.findall(r"(\w+)=(\S+)", printed.splitlines()[-1])}
     return printed, figures, list(map(benchmark.json.loads, log.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("bandwidth, rate, seconds", [(1, 1e9, 6240), (1e9, 1, 6656)])
+def test_the_limit_equals_one_worked_out_by_hand(bandwidth, rate, seconds):
+    config = ModelConfig(10, 4, 8, 2, 2, 1, 2, 1e-6, 1e4, None, 100, True, False, False, False,
+                         False)
+    case = benchmark.Case("", [[1, 2, 3]], 2, 4, 2)
+    # Blocks have 2·144 weights in products, the head 40. Responses of 2 and 4 tokens after 3 attend
+    # to 3·2 + 2·3/2 and 3·4 + 4·5/2 positions, 31, each of 2·2·1·2 numbers of 4 bytes.
+    # Read: 4·328·4 + 31·32. Operations: 2·328·6, 2·288·3 for the prompt, and 31·4·2·2·2.
+    assert benchmark.limit_seconds(config, case, [2, 4], 4, 1, torch.float32, bandwidth,
+                                   rate) == seconds
 
 
 def test_an_engine_in_a_process_of_its_own_is_compared_in_three_rounds(

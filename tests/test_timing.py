@@ -1,7 +1,10 @@
 """The seconds of a step, against numbers worked out by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from benchmarks.train_step import update_operations
 from memory import Plan
 from model_utils import ModelConfig
 from options import TrainingOptions, resolve
@@ -12,6 +15,15 @@ from timing import CARDS, Card, find_card, step_seconds
 MODEL = ModelConfig(10, 4, 8, 2, 2, 1, 2, 1e-6, 1e4, None, 100, True, False, False, False, False)
 # A step reaches 1,000 operations, and 1,000, 100 and 10 bytes a second of memory, link and host.
 CARD = Card("", 0, 2500, 5000, 1000 / 0.6, 100 / 0.6, 10 / 0.6)
+
+
+def test_the_operations_of_an_update_equal_those_counted_by_hand():
+    question = type("Question", (), {"prompt": [0] * 3})()
+    rows = [SimpleNamespace(question=question, tokens=[0] * n) for n in (2, 4)]
+    # A block's products have 48 + 96 weights, the head's 40; a weight takes 6 operations a
+    # position: two forward and four backward. The prompt's 3 positions are computed once, and no
+    # row's last token goes in: 3 + 1 + 3. Attention has 5²/2 + 7²/2 pairs, each of 12·2·2 a layer.
+    assert update_operations(MODEL, rows) == 6 * 2 * 144 * 7 + 6 * 40 * 6 + 2 * 48 * 37
 
 
 def seconds(card=CARD, fill=1.0, processes=2, **changes):

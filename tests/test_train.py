@@ -889,13 +889,29 @@ def test_the_learning_rate_follows_its_schedule(settings, expected):
 def test_the_optimiser_has_the_settings_of_its_options(tmp_path):
     settings = ["--adam-beta1", "0.8", "--adam-beta2", "0.95", "--adam-eps", "1e-6",
                 "--learning-rate", "1e-3", "--lr-warmup-steps", "2", "--eval-every", "0",
-                "--steps", "2"]
-    run = prepare(tmp_path / "run", *settings)
+                "--steps", "2", "--weight-decay", "0.3", "--grad-clip", "0.01"]
+    run, norms = prepare(tmp_path / "run", *settings), []
     group, = run.optimizer.param_groups
-    assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.3)
+    run.optimizer.register_step_pre_hook(lambda *arguments: norms.append(
+        torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()))
     trainer.train(run)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert min(row["grad_norm"] for row in metrics_of(tmp_path / "run")) > 0.01
     assert [row["learning_rate"] for row in metrics_of(tmp_path / "run")] == [5e-4, 1e-3]
     assert parse_training(["--steps", "9"], {"lr_decay_steps": 2}).lr_decay_steps == 2
+
+
+def test_evaluations_in_training_sample_with_their_settings(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(trainer, "evaluate", lambda *arguments, **how: found.append(how) or [])
+    monkeypatch.setattr(trainer, "accuracy_of", lambda records, samples: found.append(samples))
+    trainer.held_out_accuracy(prepare(
+        tmp_path / "run", "--eval-temperature", "0.3", "--eval-top-p", "0.9", "--eval-top-k", "5",
+        "--eval-samples", "2", "--temperature", "0.8", "--max-new-tokens", "20"))
+    how, samples = found
+    assert [how[name] for name in ("temperature", "top_p", "top_k", "samples", "max_new_tokens")
+            ] == [0.3, 0.9, 5, samples, 20] and samples == 2
 
 
 def test_luffy_release_sets_what_is_not_given():
@@ -1043,12 +1059,6 @@ def test_a_run_says_which_options_have_no_effect(tmp_path, capsys):
     assert "warning: without effect: --alpha 3.0 (--rs is false)\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")),
-                         ids=lambda file: file.stem)
-def test_every_configuration_is_valid(file):
-    resolve(parse_training([str(file)]))
-
-
 def test_two_processes_need_a_batch_that_divides_and_say_so_once(tmp_path):
     command = torchrun(ROOT / "train.py", *SMALL, "--batch-size", "5", "--output-dir",
                        tmp_path / "run", processes=2)
@@ -1057,13 +1067,6 @@ def test_two_processes_need_a_batch_that_divides_and_say_so_once(tmp_path):
     assert run.returncode and len(said) == 2   # once, and once more at the end of torchrun's pages
     assert said[0].startswith("train.py: error: ") and "traceback : train.py: error: " in said[1]
     assert not (tmp_path / "run").exists()
-
-
-def test_a_broken_line_names_file_and_line(tmp_path):
-    lines = (TINY / "train.jsonl").read_text().splitlines()
-    (tmp_path / "broken.jsonl").write_text("\n".join(lines[:41] + [lines[41][:-5]] + lines[42:]))
-    with pytest.raises(ValueError, match="broken.jsonl, line 42"):
-        prepare(tmp_path / "run", "--train-data", tmp_path / "broken.jsonl")
 
 
 def test_exclusions_are_counted_and_reported(tmp_path, capsys):

@@ -244,7 +244,7 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def embedded(path: str, file: str) -> str:
-    """`path`, or a file of the embedded default where `path` is the word tiny."""
+    """`path`, or a file of the embedded model where `path` is the word tiny."""
     return str(TINY / file) if path == "tiny" else path
 
 
@@ -299,7 +299,7 @@ class SharedOptions:
     """Options of training and evaluation alike."""
 
     model: str = _data("tiny", "Hugging Face folder, hub name, run of train.py, one of its "
-                       "checkpoints, or tiny (the embedded default)")
+                       "checkpoints, or tiny (the embedded model)")
     demonstrations: str = _data("tiny", "worked problems to draw from: a data set, or tiny")
     columns: str = _data("", "columns of data sets without a short name, if they are others than "
                          "known forms have: problem=question,answer=final.text")

@@ -1,6 +1,6 @@
 """Trains a model with ICPO, GRPO or LUFFY.
 
-    torchrun train.py                                       # the embedded default, ICPO
+    torchrun train.py                                       # the embedded model, ICPO
     torchrun --nproc-per-node 8 train.py configs/qwen3-1.7b.yaml --output-dir runs/mine
     torchrun train.py --resume                              # goes on where a killed run stopped
 

@@ -1,6 +1,6 @@
 """Times rollouts here and in other engines with the same weights and prompts, in turn.
 
-    python benchmarks/rollout.py                                   # the embedded default
+    python benchmarks/rollout.py                                   # the embedded model
     python benchmarks/rollout.py --model path/to/a/model --check   # Hugging Face folder or hub name
     python benchmarks/rollout.py --model path/to/a/model --peers transformers openvino \\
         --openvino-python ENV/bin/python

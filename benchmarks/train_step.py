@@ -114,13 +114,15 @@ def run_here(job: dict) -> dict:
     cache = run.options.slots * bytes_per_slot(run.model.config, length,
                                                getattr(torch, job["dtype"]))
     plan = Plan(run.model.config, run.options, 1, device.type, own)
+    # On a GPU the sampler's copy and cache stay during the update where they have room.
+    staying = sum(plan.update(0).values()) + plan.gathered + cache if run.sampler.keeps else 0
     return {name: sum(each[name] for each in results[1:]) for name in results[0]} | {
-        "estimate": plan.peak(cache)}
+        "estimate": max(plan.peak(cache), staying)}
 
 
 def update_operations(config: ModelConfig, rows) -> float:
     """Returns how many multiplications and additions these rows' gradient needs, without
-    recomputation."""
+    recomputation. All but attention computes a prompt once for the rows of its question."""
     c, prompts = config, {row.question: len(row.question.prompt) for row in rows}
     responses = sum(len(row.tokens) for row in rows)
     positions = sum(prompts.values()) + responses - len(rows)
@@ -205,7 +207,7 @@ def make_prompts(tokenizer, count: int, length: int, seed: int) -> list[str]:
 
 
 def make_random_model(folder: Path) -> None:
-    """Saves random weights of Qwen3-1.7B's shape and the tokenizer of the embedded default."""
+    """Saves random weights of Qwen3-1.7B's shape and the tokenizer of the embedded model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     config = Qwen3Config(**QWEN3_1_7B, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
@@ -230,6 +232,8 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
                              options.seed)
     del model
     _, rate, _ = measure_machine(torch.device(device), getattr(torch, options.dtype))
+    if device == "cuda":   # the processes below need this memory
+        torch.cuda.empty_cache()
     figures = {"matmul_gflop_per_second": rate / 1e9}
     for case, stops in (("equal", ()), ("varying", stop_ids)):
         found = {}

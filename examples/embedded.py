@@ -1,4 +1,4 @@
-"""The embedded default (docs/embedded.md) in TRL."""
+"""The embedded model (docs/embedded.md) in TRL."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """ICPO in TRL 1.16: in each group, an accepted response to [D; q] replaces one to q.
 
-    python examples/trl_icpo.py        # trains the embedded default
+    python examples/trl_icpo.py        # trains the embedded model
     python examples/trl_icpo.py off    # by TRL's own GRPO
 """
 

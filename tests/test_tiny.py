@@ -1,4 +1,4 @@
-"""Tests the files of the embedded default, and the script that makes them."""
+"""Tests the files of the embedded model, and the script that makes them."""
 
 import json
 import re

@@ -43,7 +43,7 @@ from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
-# The first 200 training problems of the embedded default: fewer prompts to make in each test.
+# The first 200 training problems of the embedded model: fewer prompts to make in each test.
 _FEW = tempfile.TemporaryDirectory()
 Path(_FEW.name, "few.jsonl").write_text("".join((TINY / "train.jsonl").open().readlines()[:200]))
 SMALL = ["--train-data", f"{_FEW.name}/few.jsonl", "--batch-size", "4", "--n-on", "4",

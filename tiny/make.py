@@ -1,4 +1,4 @@
-"""Makes the embedded default: problems, worked demonstrations, a tokenizer and a small model.
+"""Makes the embedded model: problems, worked demonstrations, a tokenizer and a small model.
 
     python tiny/make.py     # rewrites this folder, in under 20 minutes on one core
     python tiny/make.py --output-dir often --worked-share 0.2   # a model that often works sums out

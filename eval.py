@@ -53,8 +53,8 @@ def evaluate(model: Transformer, builder: PromptBuilder, problems: list[Problem]
     demonstrations: a pool that every problem was admitted to; None asks plainly. slots, sampler,
     progress: see `generate`. scorer: see make_scorer; by default the answer in the last box earns
     1.0 if it is right, else 0.0. numbers: those of the problems among all that are asked, by
-    default from 0 on. keep: called in this process with the new records whenever about KEEP_EVERY
-    of its answers to problems that are complete have ended, so that a kill loses little.
+    default from 0 on. keep: called in this process with new records each time about KEEP_EVERY
+    answers to complete problems wait, so that a kill loses little.
     Random numbers depend on (seed, number of the problem, sample) alone, so two evaluations of the
     same problems differ by the model only. Returns on every process one dict a sample, `samples`
     consecutive ones a problem: id, sample, response, score, tokens, finished.

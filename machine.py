@@ -1,6 +1,7 @@
 """What a machine needs: faster products on CPUs, CUDA graphs, copies, allocator settings, memory.
 
-The model knows nothing of this file; what speeds up CPUs is applied from outside.
+The model takes copies to a device and products with wide sums from here. What else speeds up CPUs
+is applied from outside.
 """
 
 import contextlib

@@ -9,7 +9,8 @@
 
 It reads and writes checkpoints of Llama 3, Qwen2.5, Qwen3, SmolLM2, SmolLM3, Mistral without a
 sliding window, and others of these architectures, and has their names of parameters.
-The class Transformer knows nothing of distribution (distributed.py) or processors (machine.py).
+The class Transformer knows nothing of distribution (distributed.py), and of processors nothing but
+wide_product (machine.py).
 
 Shapes: B sequences, T positions, V vocabulary, D hidden size, H query heads, K key-value heads,
 G = H/K, E head size, S positions of a cache slot; of a packing N positions, M response tokens, R of

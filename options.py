@@ -326,8 +326,10 @@ class SharedOptions:
         0, "longest response in tokens; 0 is max_new_tokens of the model's generation_config.json "
         "(48 for the embedded model), else 2048, or fewer if the model has fewer positions")
     temperature: Positive = _sample(1.0, "of the policy, in sampling and in the objective")
-    top_p: Share = _sample(1.0, "keep the likeliest tokens that reach this probability")
-    top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all")
+    top_p: Share = _sample(1.0, "keep the likeliest tokens that reach this probability; below 1, "
+                           "training needs --old-logprobs recompute")
+    top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all, and with another "
+                             "number training needs --old-logprobs recompute")
     stop: list[str] = _sample(
         ["auto"], "texts that end a response, which is what stands before the first of them; \\n "
         "is a line break; none is no such text; auto is the separator of demonstrations, "
@@ -346,8 +348,9 @@ class SharedOptions:
     reward_timeout: Positive = _run(
         600.0, "seconds after which a call of a --reward of your own ends the run", free=True)
     seed: int = _run(0, "of every random choice: questions, demonstrations, sampling")
-    dtype: DType = _run("float32", "to compute in")
-    device: str = _run("auto", "auto (a GPU if there is one), cpu or cuda", free=True)
+    dtype: DType = _run("float32", "to compute in; in training, master weights are float32")
+    device: Literal["auto", "cpu", "cuda"] = _run(
+        "auto", "auto is a GPU if there is one, else the CPU", free=True)
 
 
 @dataclass
@@ -413,10 +416,6 @@ class TrainingOptions(SharedOptions):
     old_logprobs: Literal["sampler", "recompute"] = _loss(
         "sampler", "old log-probabilities: those the sampler returned, or a second pass (release)")
 
-    top_p: Share = _sample(1.0, "keep the likeliest tokens that reach this probability; below 1 it "
-                           "needs --old-logprobs recompute")
-    top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all; else it needs "
-                             "--old-logprobs recompute")
     compile: bool = _sample(False, "put the decode step through torch.compile", free=True)
 
     steps: Count = _optim(60, "training steps", free=True)
@@ -468,7 +467,6 @@ class TrainingOptions(SharedOptions):
     keep_best: bool = _eval(True, "write the model to best/ whenever its held-out accuracy is the "
                             "highest so far after a step", free=True)
 
-    dtype: DType = _run("float32", "to compute in; master weights are float32")
     output_dir: str = _run(
         "", "folder of the run; by default runs/METHOD-seedN, numbered if that exists", free=True)
     resume: bool = _run(False, "go on from the newest checkpoint of --output-dir, or of the newest "
@@ -637,8 +635,7 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
 
 
 def _implied(own: TrainingOptions, found: TrainingOptions) -> set[str]:
-    """The options in config.yaml of a run that only state what others imply, where the command line
-    changes those others.
+    """Options in config.yaml of a run that follow from others which the command line changes.
 
     own: what the file says alone; found: the same with the command line.
     """

@@ -335,11 +335,12 @@ def _check_memory(sequences: int, o: SharedOptions, options: str, token_bytes: i
 
 def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
                  dtype: torch.dtype) -> tuple[Sampler, bool]:
-    """(slots for the larger of a rollout and an evaluation, whether FSDP's weights stay whole).
+    """Returns (the sampler, whether FSDP's weights stay whole between micro-batches).
 
-    It resolves --slots 0, in place, to a number that is the same on every process. What stays from
-    one rollout or micro-batch to the next is what has room beside the update: first the sampler's
-    copy and its cache, so that its graphs serve again; then the weights that FSDP has gathered.
+    The sampler has slots for the larger of a rollout and an evaluation. --slots 0 becomes a number
+    that is the same on every process, in place. What stays from one rollout or micro-batch to the
+    next is what has room beside the update: first the sampler's copy and its cache, so that its
+    graphs serve again; then the weights that FSDP has gathered.
     """
     plan = Plan(model.config, o, world_size(), model.device.type)
     free = min(gather_objects(free_memory(model.device)))

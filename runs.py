@@ -273,7 +273,7 @@ def _tensors(model_state: dict, optimizer_state: dict | None = None) -> dict[str
 
 
 def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Tensor -> number of its file, from 1. DCP uses what rank 0 returns; its parts are the largest.
+    """Tensor -> number of its file, from 1. DCP uses what rank 0 returns; its parts are largest.
 
     DCP has a file twice in memory while it writes it, beside all that the run holds.
     """

@@ -413,7 +413,7 @@ def test_curves_name_the_systems_and_their_legend_covers_no_line(tmp_path, monke
 def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypatch):
     """Seeds are one line; a reward beyond 0 to 1 is not cut off."""
     systems = [("seed: 0", "errs: true", "test_data: tiny", "steps: 60\nbonus_steps: 60"),
-               ("seed: 1", "errs: true", "test_data: [/a/tiny]", "steps: 70\nbonus_steps: 70"),
+               ("seed: 1", "errs: true", "test_data: [tiny]", "steps: 70\nbonus_steps: 70"),
                ("seed: 0", "errs: true", "test_data: [tiny]", "steps: 60\nbonus_steps: 20"),
                ("seed: 0", "errs: false", "test_data: [tiny]", "steps: 60\nbonus_steps: 60"),
                ("seed: 0", "errs: true", "model: /a/model", "bonus_steps: 20\nsystem: $\\boxed{}$"),

@@ -131,7 +131,7 @@ def _raw_rows(source: str, split: str) -> Iterator[tuple[int, str, Mapping[str, 
         with path.open(newline="", encoding="utf-8-sig") as text:
             try:
                 for n, row in enumerate(csv.DictReader(text, delimiter=separator), start=1):
-                    if None in row:   # it holds the cells beyond the header's
+                    if any(row.pop(None, ())):   # the cells beyond the header's
                         raise ValueError(f"{path}, row {n} has more cells than the header: quote "
                                          f"those in which the separator stands")
                     yield n, f"{path}, row {n}", {name: row[name] or None for name in row}

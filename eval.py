@@ -30,12 +30,12 @@ from distributed import gather_objects, is_main, my_share, on_main, world_size
 from files import append_lines, read_object, write_object
 from memory import choose_slots
 from model_utils import Transformer
+from own_reward import RewardError
 from prepare import Case, prepare_evaluation
 from reward import make_scorer
 from rollout import Completion, Sampler, generate
 from runs import begin_program, find_output, follow_tokens, settings_of_run, write_samples
 from summary import print_table, summarise
-from verify import RewardError
 
 KEEP_EVERY = 64   # answers that a process scores and appends to the file at the same time
 

@@ -84,7 +84,7 @@ class ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
             head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-            norm_eps=hf.rms_norm_eps, rope_theta=rope["rope_theta"], rope_scaling=scaling,
+            norm_eps=hf.rms_norm_eps, rope_theta=rope["rope_theta"] or 1e4, rope_scaling=scaling,
             max_position=hf.max_position_embeddings, tie_embeddings=hf.tie_word_embeddings,
             qkv_bias=hf.model_type == "qwen2" or attention_bias,
             out_bias=hf.model_type != "qwen2" and attention_bias,

@@ -682,7 +682,8 @@ def _as_arguments(settings: dict) -> list[str]:
     """Settings of a file as typed arguments: they pass the same checks, and 1e-6, which PyYAML
     reads as text, becomes a number."""
     found = []
-    for name, value in settings.items():
+    # Lists come first: behind the last one a stray argument would count as part of it.
+    for name, value in sorted(settings.items(), key=lambda item: not isinstance(item[1], list)):
         if isinstance(value, list):
             found += [flag(name), *(f"{LITERAL}{each}" for each in value)]
         elif value is not None:

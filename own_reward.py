@@ -21,7 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from verify import RewardError
+
+class RewardError(RuntimeError):
+    """A reward cannot be computed: the user's own fails, or a worker does not start."""
 
 
 class OwnReward:

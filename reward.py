@@ -17,7 +17,7 @@ from typing import get_args
 from answers import NeedsAlgebra, equal, last_box, understood
 from data import Problem, load_problems
 from options import AnswerFormat, read_columns
-from own_reward import OwnReward
+from own_reward import OwnReward, RewardError
 from verify import LIMIT, compare
 
 FORMATS = get_args(AnswerFormat)
@@ -209,7 +209,10 @@ def main() -> None:
         parser.error(str(error))
     texts = [(problem.id, text) for problem in problems
              for text in references(problem, o.answer_format)]
-    unclear = set(find_unclear([text for _, text in texts], o.verify_timeout))
+    try:
+        unclear = set(find_unclear([text for _, text in texts], o.verify_timeout))
+    except RewardError as error:
+        parser.error(str(error))
     found = [(name, text) for name, text in texts if text in unclear]
     for name, text in found:
         print(f"{name}: {text}")

@@ -40,8 +40,13 @@ def to_fields(row: Mapping[str, Any], answer_format: str, seed: int,
     choices = row.get("choices") or row.get("options")
     if question is not None and choices:
         key = row["answer"] if "answer" in given else row.get("answerKey", row.get("answer"))
-        return _choices(row, question, choices, key) | more
-    if question is not None and row.get("final_answer"):
+        try:
+            return _choices(row, question, choices, key) | more
+        except ValueError:
+            if "problem" not in given:   # else the column may be something else
+                raise
+    if question is not None and row.get("final_answer") and (
+            "question" in row or "answer" not in row):
         solution = row.get("solution")
         solution = solution[0] if isinstance(solution, list) and solution else solution
         return {"problem": question, "answer": row["final_answer"], "solution": solution,
@@ -50,7 +55,8 @@ def to_fields(row: Mapping[str, Any], answer_format: str, seed: int,
     if fields["problem"] is None:
         fields["problem"] = question
     if isinstance(fields["answer"], str) and "####" in fields["answer"]:
-        return _gsm8k(fields["problem"], fields["answer"], answer_format) | more
+        own = {name: row[name] for name in ("solution", "expert_response", "id") if row.get(name)}
+        return _gsm8k(fields["problem"], fields["answer"], answer_format) | own | more
     if fields["answer"] in (None, "") and isinstance(fields["solution"], str):
         fields["answer"] = last_box(fields["solution"])
     return fields | {"id": row.get("id", row.get("unique_id"))}
@@ -89,7 +95,8 @@ def _choices(row: Mapping[str, Any], question: str, choices: Any, key: Any) -> d
     """Choices are a list of texts or of {text, label}, ARC's {text: list, label: list}, or
     {label: text}; the key is a label, the text of an option, or a place from 0 on."""
     if isinstance(choices, Mapping) and "text" not in choices:
-        choices = {"text": list(choices.values()), "label": list(choices)}
+        there = {label: text for label, text in choices.items() if text is not None}
+        choices = {"text": list(there.values()), "label": list(there)}
     elif isinstance(choices, list) and all(isinstance(each, Mapping) for each in choices):
         choices = {name: [each.get(name) for each in choices] for name in ("text", "label")}
     texts, labels = choices, None
@@ -98,18 +105,18 @@ def _choices(row: Mapping[str, Any], question: str, choices: Any, key: Any) -> d
     if not isinstance(texts, list) or not all(isinstance(each, str | int | float)
                                               for each in texts):
         raise ValueError(f"the choices {choices!r} are no list of texts")
-    texts = list(map(str, texts))
+    texts = [str(text).strip() for text in texts]
     if not labels or None in labels:
         labels = LETTERS[:len(texts)]
     labels = [str(label) for label in labels]
     name = str(key).strip()
     bare = name.strip("(). ").upper()   # as in (b)
-    if name in labels or bare in labels:
-        place = labels.index(name if name in labels else bare)
+    if name in labels:
+        place = labels.index(name)
     elif type(key) is str and name in texts:   # a number of the file, as MMLU has, is a place
         place = texts.index(name)
     else:
-        place = int(name) if name.isdecimal() else -1
+        place = labels.index(bare) if bare in labels else int(name) if name.isdecimal() else -1
     if not 0 <= place < len(texts) <= len(LETTERS):
         raise ValueError(f"the answer {name!r} is none of the choices {labels}")
     own = next((row[each] for each in ("id", "question_id") if row.get(each) is not None), None)

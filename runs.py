@@ -53,7 +53,7 @@ from options import (
     settings_that_stay,
     with_absolute_paths,
 )
-from verify import RewardError
+from own_reward import RewardError
 
 # DCP says this in a run of one process, which needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")

@@ -22,13 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
+from own_reward import RewardError
+
 MEMORY_LIMIT = 1 << 30   # bytes that the process that compares may hold
 START_SECONDS = 120      # limit for the start of a worker, which imports sympy
 LIMIT = "limit"          # the verdict where a limit was passed
-
-
-class RewardError(RuntimeError):
-    """A reward cannot be computed: the user's own fails, or a worker does not start."""
 
 
 class _Worker:

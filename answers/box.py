@@ -3,6 +3,7 @@ r"""Finds the last \boxed{…} of a text."""
 import re
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
+_START = re.compile(r"\\(?:boxed|fbox)")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"(?:[^\s${}]|\{[^\s${}]*\})+")
 
@@ -14,9 +15,8 @@ def last_box(text: str) -> str | None:
     An empty box, as in "put it in \boxed{}", does not count. None if there is no other box, or if
     the last one is not closed.
     """
-    end = len(text)
-    while (start := max(text.rfind(name, 0, end) for name in ("\\boxed", "\\fbox"))) >= 0:
-        box = _BOX.match(text, start)
+    for found in reversed(list(_START.finditer(text))):
+        box = _BOX.match(text, found.start())
         if not box:
             return None
         if not text.startswith("{", box.end()):
@@ -30,5 +30,4 @@ def last_box(text: str) -> str | None:
                 break
         if content != "":
             return content
-        end = start
     return None

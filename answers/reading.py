@@ -92,6 +92,7 @@ _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
 _TEXT = re.compile(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_ALIGNED = re.compile(r"&(?=\s*=)|(?<==)\s*&")   # x &= 1
 # These come first, because the later ones change braces and √.
 _FIRST = [(re.compile(pattern), same) for pattern, same in (
     (r"√\s*([0-9]+(?:\.[0-9]+)?|[a-zA-Z])", r"\\sqrt{\1}"), (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),
@@ -99,7 +100,7 @@ _FIRST = [(re.compile(pattern), same) for pattern, same in (
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"(?s)\\\{\s*\\begin\{(array|aligned)\}(?:\s*\{[^{}]*\})?((?:(?!\\(?:begin|end)).)*)"
      r"\\end\{\1\}(?!\s*(?:\\right\s*)?\\\})",
-     lambda match: rf"\begin{{cases}}{match[2].replace('&', '')}\end{{cases}}"),
+     lambda match: rf"\begin{{cases}}{_ALIGNED.sub('', match[2])}\end{{cases}}"),
     (r"\\begin\{array\}\s*\{[^{}]*\}|\\begin\{smallmatrix\}", r"\\begin{matrix}"),
     (r"\\end\{(?:array|smallmatrix)\}", r"\\end{matrix}"))]
 _ALIKE = [(re.compile(pattern), same) for pattern, same in (
@@ -165,7 +166,9 @@ def tidy(text: str) -> str:
     if (ordinal := _ORDINAL.match(text)) and ordinal[3] == (
             "th" if ordinal[1][-2:-1] == "1" else _ENDINGS.get(ordinal[2], "th")):
         text = ordinal[1] + text[ordinal.end():]
-    return _LABEL.sub("", text.removeprefix("=").strip())
+    text = text.removeprefix("=").strip()
+    label = _LABEL.match(text)
+    return text[label.end():] if label else text
 
 
 def without_needless_spaces(text: str) -> str:
@@ -346,7 +349,8 @@ _DATES = [re.compile(pattern, re.IGNORECASE | re.ASCII) for pattern in (
 _LETTER = re.compile(r"(?:(?:option|choice|answer) )?\(?\s*([A-Za-z])\s*\)?\s*[.:]?",
                      re.IGNORECASE | re.ASCII)
 _CHOICE = re.compile(
-    r"(?:\(([A-J])\)|([A-J])[.:)])(?: |(?<!:)(?=[0-9$]|\\(?:frac|sqrt|pi|\$)))"
+    r"(?:\(([A-J])\)|([A-J])[.:)])"
+    r"(?: |(?<!:)(?=(?:\\\$)?[0-9.,/]+$|\\frac(?:[0-9]{2}|\{[0-9]+\}\{[0-9]+\})$))"
     r"(?!(?:is |are )?(?:and|or|not|nor|vs|then|through|only|but|"
     r"wrong|false|incorrect|no|none)\b)(?!.*(?:\b[A-J]\b|\([A-J]\)))([^\s,;()\[\]&+*/^=-].*)",
     re.ASCII)
@@ -365,7 +369,9 @@ _NAME = re.compile(
     rf"|(?=[a-zA-Z]*[aeiouAEIOU][a-zA-Z]*[aeiou])[A-Za-z]{{4,}}|\\Delta [A-Za-z]")
 _NO_NAME = re.compile(rf"(?:{'|'.join(FUNCTIONS)}|sqrt|pi).*|.*\b(?:not|never|wrong|false)\b.*",
                       re.IGNORECASE)
-_OF_WHOLE = re.compile(r"(.+?)[,;]? ?\(?([a-z]) ?\\in ?(?:\\mathbb ?\{?Z\}?|Z)\)?")
+_OF_WHOLE = re.compile(r"(.+?)[,;]? ?(?P<bracket>\()?(?P<name>[a-z]) ?\\in ?(?:\\mathbb ?\{?Z\}?|Z)"
+                       r"(?(bracket)\))")
+_ORDER = r"[<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])"
 _REALS = re.compile(r"\\mathbb ?\{?R\}?|(?:the set of )?(?:all )?real numbers", re.IGNORECASE)
 _SUCH_THAT = re.compile(r" ?([a-zA-Z]) ?(?:\\mid|\\vert|\||:) ?(.+)")
 _RANGES = ("()", "(]", "[)", "[]", "union")
@@ -381,9 +387,10 @@ def read(text: str) -> Shape | None:
     """The shape of an answer that `tidy` returned; None for what is not understood."""
     if not text or not _balanced(text):
         return None
-    if (whole := _OF_WHOLE.fullmatch(text)) and re.search(rf"(?<![a-zA-Z]){whole[2]}(?![a-zA-Z])",
-                                                          whole[1]):
-        text = whole[1]   # k\pi, k\in\mathbb{Z}
+    # k\pi, k\in\mathbb{Z}; but 0 < x < 5, x\in\mathbb{Z} is no interval.
+    if (whole := _OF_WHOLE.fullmatch(text)) and not re.search(_ORDER, whole[1]) and re.search(
+            rf"(?<![a-zA-Z]){whole['name']}(?![a-zA-Z])", whole[1]):
+        text = whole[1]
     text = re.sub(r"\\langle ([^()\[\]]*,[^()\[\]]*?)\s*\\rangle", r"(\1)", text)
     plain = plain_text(text)
     if letter := _LETTER.fullmatch(plain):
@@ -578,7 +585,7 @@ def _relation(sides: list[str], signs: list[str]) -> Shape | None:
 
 
 def _chain(sides: list[str], sign: str) -> Quantity | None:
-    r"""\frac72 = 3.5 and 2\pi \approx 6.28 are their first side; None where the second differs."""
+    r"""\frac72 = 3.5 and 2\pi \approx 6.28 are their first side; None where numbers differ."""
     a, b = read(sides[0]), read(sides[1])
     if not isinstance(a, Quantity) or not isinstance(b, Quantity) or b.value is None or (
             has_letters(a.text) or not same_unit(a.unit, b.unit)):

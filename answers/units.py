@@ -52,9 +52,9 @@ _NO_UNITS = set(
     "four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety ago root sqrt pi "
     "infinity infty inf power powers roots doubled halved tripled thrice quintillion googol "
-    "myriad grand thou gross tens permille inverse reciprocal conjugate imaginary modulo ternary "
-    "duodecimal exponent undefined without except until onward bn mn mil under above below till "
-    "through larger smaller kilo mega square cube loss maximum minimum rest arcsec arccsc "
+    "myriad mille grand thou gross tens permille inverse reciprocal conjugate imaginary modulo "
+    "ternary duodecimal exponent undefined without except until onward bn mn mil under above "
+    "below till through larger smaller kilo mega square cube loss maximum minimum rest arcsec arccsc "
     "arccot det dim".split()) | {name.lower() for name in GREEK | FUNCTIONS - {"sec"}}
 _NUMERAL = re.compile(   # 3 elevenths, 5 billionths, 3 twos
     r"[a-z]*illion(?:th)?s?|(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen"
@@ -102,7 +102,8 @@ def read_unit(text: str) -> tuple[str, int] | None:
             # A sign stands behind a word, and / also before one: 18/hour.
             if not found and token["over"]:
                 after = _TOKEN.match(text, place)
-                if after is None or not rate and after["word"] not in _SPELLED:
+                if after is None or not rate and after["word"] not in _SPELLED or (
+                        _SPELLED.get(after["word"]) in ("percent", "degree")):
                     return None
             elif not found or not found[-1][0].isalpha() and not (
                     token["over"] and found[-1].startswith("^")):

@@ -100,6 +100,7 @@ def test_the_order_of_gpqa_options_is_that_of_the_seed(tmp_path):
 
 @pytest.mark.parametrize("choices, key, answer", [
     (["ice", "iron", "salt", "wood"], 2, "C"), (["ice", "iron"], "A", "A"),
+    (["b", "a"], "a", "B"), ({"A": "ice", "B": "iron", "C": None}, "B", "B"),
     (["ice", "iron"], "(b)", "B"), (["ice", "iron"], "iron", "B"), (["0", "1", "2"], "1", "B"),
     (["1", "2", "3"], "2", "B"), (["1", "2", "3"], 2, "C"), ({"A": "ice", "B": "iron"}, "B", "B"),
     ([{"label": "A", "text": "ice"}, {"label": "B", "text": "iron"}], "B", "B"),
@@ -136,7 +137,13 @@ def test_columns_name_what_no_form_has(tmp_path):
             ({"question": "?", "options": ["ice", "iron"], "correct": "B"}, {"answer": "correct"},
              ("?\nA. ice\nB. iron\nAnswer with the letter of the right option.", "B")),
             ({"prompt": "?", "reward_model": {"ground_truth": "7"}, "gold": "8"},
-             {"answer": "gold"}, ("?", "8"))):
+             {"answer": "gold"}, ("?", "8")),
+            ({"problem": "?", "answer": "2", "final_answer": "3"}, {"problem": "problem"},
+             ("?", "2")),
+            ({"q": "?", "gold": "2", "options": {"level": "easy"}}, {"problem": "q",
+             "answer": "gold"}, ("?", "2")),
+            ({"q": "?", "answer": "about 2", "options": ["1", "2"]}, {"problem": "q"},
+             ("?", "about 2"))):
         problem, = load_problems(write(tmp_path / "one.jsonl", [row]), columns=named)
         assert (problem.problem, problem.answer) == found
     optional = columns | {"solution": "worked"}   # where it is not needed, it may lack
@@ -156,6 +163,8 @@ def test_csv_and_json_files_keep_answers_as_they_are_written(tmp_path):
     (tmp_path / "bad.csv").write_text("problem,answer\na,\n")
     with pytest.raises(ValueError, match="bad.csv, row 1: field 'answer'"):
         load_problems(tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").write_text("problem,answer\na,5,\n")   # an empty cell is no surplus
+    assert load_problems(tmp_path / "bad.csv")[0].answer == "5"
     (tmp_path / "bad.csv").write_text("problem,answer\na,(1, 2)\n")
     with pytest.raises(ValueError, match="bad.csv, row 1 has more cells than the header: quote"):
         load_problems(tmp_path / "bad.csv")

@@ -54,8 +54,8 @@ _NO_UNITS = set(
     "infinity infty inf power powers roots doubled halved tripled thrice quintillion googol "
     "myriad mille grand thou gross tens permille inverse reciprocal conjugate imaginary modulo "
     "ternary duodecimal exponent undefined without except until onward bn mn mil under above "
-    "below till through larger smaller kilo mega square cube loss maximum minimum rest arcsec arccsc "
-    "arccot det dim".split()) | {name.lower() for name in GREEK | FUNCTIONS - {"sec"}}
+    "below till through larger smaller kilo mega square cube loss maximum minimum rest arcsec "
+    "arccsc arccot det dim".split()) | {name.lower() for name in GREEK | FUNCTIONS - {"sec"}}
 _NUMERAL = re.compile(   # 3 elevenths, 5 billionths, 3 twos
     r"[a-z]*illion(?:th)?s?|(?:eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen"
     r"|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)ths?"

@@ -387,7 +387,7 @@ def read(text: str) -> Shape | None:
     """The shape of an answer that `tidy` returned; None for what is not understood."""
     if not text or not _balanced(text):
         return None
-    # k\pi, k\in\mathbb{Z}; but 0 < x < 5, x\in\mathbb{Z} is no interval.
+    # k\pi, k\in\mathbb{Z} is read as k\pi. 0 < x < 5, x\in\mathbb{Z} is no interval.
     if (whole := _OF_WHOLE.fullmatch(text)) and not re.search(_ORDER, whole[1]) and re.search(
             rf"(?<![a-zA-Z]){whole['name']}(?![a-zA-Z])", whole[1]):
         text = whole[1]

@@ -80,6 +80,8 @@ class Options:
     micro_batch_tokens: int = option(8192, "tokens of a micro-batch of the update")
     tokens: int = option(16384, "tokens of the part vocabulary")
     run_options: str = option("", "more options for the run of the part default")
+    update_options: str = option("", "more options for the runs of update and vocabulary, such as "
+                                 "--compile-blocks true")
     timeout: int = option(300, "seconds after which a part is ended")
 
 
@@ -142,7 +144,7 @@ def make_run(options: Options, folder: Path) -> trainer.Run:
         "bfloat16", "--batch-size", str(options.sequences // 8), "--max-prompt-length", str(half),
         "--max-new-tokens", str(half), "--micro-batch-tokens",
         str(max(options.micro_batch_tokens, options.length)), "--eval-every", "0", "--device",
-        "cuda", "--output-dir", str(folder / "run")])
+        "cuda", "--output-dir", str(folder / "run"), *shlex.split(options.update_options)])
 
 
 def make_batch(run: trainer.Run, options: Options) -> trainer.Batch:

@@ -75,7 +75,7 @@ ASKED = ["held-out", "longer", "equations"]
 SHOTS = "1 2 4"   # beside 0
 # Without a KL term there is no second model. With this micro-batch a 0.5 B model takes 18 GB.
 TRAIN = ("--num-demonstrations 2 --batch-size 8 --n-on 8 --kl-coef 0 "
-         "--micro-batch-tokens 2048 --eval-every 5 --checkpoint-every 5 --keep-checkpoints 1 "
+         "--micro-batch-tokens 2048 --eval-every 5 --checkpoint-every {} --keep-checkpoints 1 "
          "--keep-best false")
 # Processes that share a GPU cannot each choose by the memory that is free when they start.
 SHARED = {"train.py": "--slots 72 --recompute-activations all", "eval.py": "--slots 72"}
@@ -390,8 +390,11 @@ def main() -> None:
     add("--seeds", type=int, help="runs of each system (default: 3, with --quick 1)")
     add("--steps", type=int, help="training steps of each run (default: 20, with --quick 2)")
     add("--processes", type=at_least_1, default=1, help="processes at the same time, which share "
-        "the cores and the GPU; five of the default model fit into 80 GB of a GPU (default: "
+        "the cores and the GPU; four of the default model fit into 80 GB of a GPU (default: "
         "%(default)s)")
+    add("--checkpoint-every", type=int, default=5, help="steps between checkpoints; 0 writes none "
+        "before a signal. On a GPU one of 7.5 GB, as the default model has, can take longer than "
+        "the steps (default: %(default)s)")
     add("--learning-rate", type=float, default=5e-6, help="of the training (default: %(default)s)")
     add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="forms of the prompt "
         "with demonstrations to screen; the systems are trained with the first (default: turns)")
@@ -417,8 +420,9 @@ def main() -> None:
             o.settings = json.loads(about.read_text())
         else:
             o.limit = TASKS[o.task].limit
-            o.train = (f"--max-new-tokens {o.limit} {TRAIN} --demo-format {o.demo_format[0]} "
-                       f"--learning-rate {o.learning_rate:g} --steps {o.steps}")
+            o.train = (f"--max-new-tokens {o.limit} {TRAIN.format(o.checkpoint_every)} "
+                       f"--demo-format {o.demo_format[0]} --learning-rate {o.learning_rate:g} "
+                       f"--steps {o.steps}")
             scale = 32 if o.quick else 1
             o.settings = {"model": o.model, "dtype": o.dtype, "train": o.train,
                           "share of the problems": f"1/{scale}"}

@@ -13,7 +13,7 @@ with bonus = annealed_bonus(t, T). `logprobs` are those of the plain question in
 `old_logprobs` are those of the prompt that sampled the row. Both divide logits by the temperature.
 
 Where the paper's text leaves a choice:
-1. (ERRS) accepts R ≥ δ, because the printed R > δ accepts nothing where R is 0 or 1 and δ is 1.
+1. (ERRS) accepts R ≥ δ, as v3 prints it. R > δ accepts nothing where R is 0 or 1 and δ is 1.
 2. (ADV) divides by std + 1e-6 with the unbiased std. A group of equal rewards has advantage 0.
 3. (RATIO) is exact for |log r| up to 79 in float32 and constant beyond, so every ratio is finite.
 4. (ICPO) takes the number of response tokens that enter the objective as Z.
@@ -40,7 +40,7 @@ def expert_region(rewards: Tensor, off_policy: Tensor, delta: float = 1.0,
                   strict: bool = False) -> Tensor:
     """(ERRS) E_exp = { (x_exp, τ_j) | R(τ_j) ≥ δ }: the responses that may enter the objective.
 
-    rewards: [B], before any bonus. off_policy: [B] bool. strict: use R > δ, as the paper prints it.
+    rewards: [B], before any bonus. off_policy: [B] bool. strict: use R > δ, as before v3.
     Returns [B] bool, True also for every on-policy row.
     """
     inside = rewards > delta if strict else rewards >= delta
@@ -68,8 +68,8 @@ def annealed_bonus(step: int, total_steps: int, alpha: float = 1.0, decay: str =
 def shaped_rewards(rewards: Tensor, off_policy: Tensor, accepted: Tensor, bonus: float) -> Tensor:
     """(RS) R_shaped(τ) = R(τ) + α·γ(t) for accepted expert responses; all others keep R(τ).
 
-    rewards: [B]. off_policy: [B] bool. accepted: [B] bool, from `expert_region`. bonus: α·γ(t).
-    Returns [B].
+    rewards: [B]. off_policy: [B] bool. accepted: [B] bool, from `expert_region`, whose δ must lie
+    above the reward of a wrong response. bonus: α·γ(t). Returns [B].
     """
     return rewards + bonus * (off_policy.bool() & accepted.bool()).to(rewards.dtype)
 
@@ -132,10 +132,12 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor,
 
     logprobs: [B, T], of the plain question in every row. old_logprobs: [B, T], of the prompt that
     sampled: q on-policy, [D; q] off-policy. off_policy: [B] bool. denominator of off-policy rows:
-    "behaviour", as above, or "one", as in LUFFY. log_ratio_clamp: bound on |log r|; None bounds it
-    only where the dtype could not hold the ratio (79 in float32).
-    Returns [B, T], finite for finite arguments. Raises ValueError for another denominator.
+    "behaviour", as above, or "one", as in LUFFY. log_ratio_clamp: bound above 0 on |log r|; None is
+    0.9 of the largest exponent of the dtype (79 in float32). Returns [B, T], finite for finite
+    arguments. Raises ValueError for another denominator and a bound of 0 or less.
     """
+    if log_ratio_clamp is not None and log_ratio_clamp <= 0:
+        raise ValueError(f"log_ratio_clamp must be above 0 or None, not {log_ratio_clamp}")
     if denominator not in ("behaviour", "one"):
         raise ValueError(f"off-policy denominator must be behaviour or one, not {denominator!r}")
     if denominator == "one":
@@ -184,12 +186,11 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
     counts = mask.bool()
     logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
     ratio = importance_ratio(logprobs, old_logprobs, off_policy)
-    tokens = clip(ratio, advantages[:, None], clip_low, clip_high) * mask                  # [B, T]
+    tokens = clip(ratio, advantages[:, None].where(counts, 0), clip_low, clip_high) * mask  # [B, T]
     lengths = mask.sum(1)                                                                  # [B] |τ|
     rows = tokens.sum(1) / lengths.where(lengths > 0, 1)                                   # [B]
     on, off = ((lengths > 0) & side for side in (~off_policy.bool(), off_policy.bool()))
-    return sum(((rows * side).sum() / side.sum().clamp(min=1) for side in (on, off)),
-               start=rows.new_zeros(()))
+    return (rows * on).sum() / on.sum().clamp(min=1) + (rows * off).sum() / off.sum().clamp(min=1)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -383,9 +383,10 @@ class TrainingOptions(SharedOptions):
     group: Literal["replace", "append"] = _method(
         "replace", "accepted off-policy responses replace random on-policy ones, or join them "
         "(release, with --n-on 7)")
-    delta: float = _method(1.0, "ERRS accepts rewards of at least this")
+    delta: float = _method(1.0, "ERRS accepts rewards of at least this; with RS it must lie above "
+                           "the reward of a wrong response")
     errs_strict: bool = _method(
-        False, "ERRS accepts only rewards above delta, as the paper prints it")
+        False, "ERRS accepts only rewards above delta, as the paper printed it before v3")
     alpha: NotNegative = _method(1.0, "size of the bonus of RS")
     bonus_decay: Literal["linear", "cosine", "exponential"] = _method(
         "linear", "how the bonus of RS decays")

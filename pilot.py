@@ -5,6 +5,7 @@ is a second plain draw at the same temperature; it shows the distance and flips 
 """
 
 import random
+import shlex
 import textwrap
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,10 @@ matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
 
 from curves import COLOURS
-from options import EvaluationOptions, samples_of, shots_of
+from options import EvaluationOptions, flag, samples_of, shots_of, shown
+
+# What training must have in common with the evaluation, so that its prompts are the same.
+OF_PROMPTS = ("chat_template", "system", "template_args", "instruction", "stop", "demo_min_chars")
 
 
 def compare(plain: list[dict], other: list[dict], samples: int) -> dict[str, float]:
@@ -86,6 +90,16 @@ def points(change: dict[str, float]) -> str:
             f"{100 * change['difference_high']:+.1f})")
 
 
+def training_options(o: EvaluationOptions, shots: int) -> str:
+    """What train.py needs beside the form of demonstrations to ask as this evaluation did."""
+    words, usual = ["--num-demonstrations", str(shots)], EvaluationOptions()
+    for name in OF_PROMPTS:
+        value = getattr(o, name)
+        if value != getattr(usual, name):
+            words += [flag(name), *map(shown, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
 def recommend(options: str, ranked: dict[str, dict], ahead: dict) -> str:
     """Which format of demonstrations to train with, in words.
 
@@ -143,8 +157,7 @@ def report(o: EvaluationOptions, found: dict[tuple, list[dict]],
             ahead = compare(found[steered[list(ranked)[1]]], found[steered[best]], samples)
             unclear = doubt(rows[plain], *(rows[key] for key in steered.values()))
             text += f" No format is recommended: {unclear}" if unclear else " " + recommend(
-                f"--num-demonstrations {k}" + " --chat-template false" * (not o.chat_template),
-                ranked, ahead)
+                training_options(o, k), ranked, ahead)
         results.append({"data": name, "plain": rows[plain], "steered": rows[steered[best]],
                         "accuracies": {shots_of(0): rows[plain], **{
                             steered_name[form]: rows[key] for form, key in steered.items()}},

@@ -86,17 +86,20 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
         PromptBuilder, tokenizer, o.instruction, o.chat_template, system=o.system,
         vocab_size=model.config.vocab_size, template_args=template_arguments(o.template_args),
         stop=stop_strings(o))
-    if o.demo_format == "auto" and o.chat_template:
+    form = o.demo_format
+    if form == "auto":
         # The run that made the model, or its folder, says which form suits it.
         known = settings_of_run(o.model) or model.generation_config or {}
-        form = known.get("demo_format")
-        form = form if form in get_args(DemoFormat) else "turns"
-        try:
-            builder = build(demo_format=str(form))
-        except ValueError:   # the template may have no turns of an assistant
-            builder = build(demo_format="one-turn")
-    else:
-        builder = build(demo_format="text" if o.demo_format == "auto" else o.demo_format)
+        form = "turns" if o.chat_template else "text"
+        if (known.get("demo_format") in get_args(DemoFormat)
+                and known.get("chat_template", True) == o.chat_template):
+            form = known["demo_format"]
+    try:
+        builder = build(demo_format=form)
+    except ValueError:
+        if o.demo_format != "auto" or not o.chat_template:
+            raise
+        builder = build(demo_format="one-turn")   # the template may have no turns of an assistant
     o.demo_format = cast(Any, builder.demo_format)
     if builder.depends_on_date() and is_main():
         print(f"warning: the chat template of {o.model} writes today's date, so prompts change "

@@ -162,6 +162,20 @@ def test_the_form_of_demonstrations_is_that_of_the_run_that_made_the_model(tmp_p
     assert settings_of_run(str(model)) == {}
 
 
+@pytest.mark.parametrize("trained, asked, form", [
+    ((False, "one-turn"), False, "one-turn"), ((False, "one-turn"), True, "turns"),
+    ((True, "turns"), False, "text"), ((True, "text"), True, "text")])
+def test_a_run_is_asked_with_its_own_form_where_the_template_is_the_same(tmp_path, trained, asked,
+                                                                         form):
+    chat, of_run = trained
+    (tmp_path / "config.yaml").write_text(
+        f"method: icpo\nchat_template: {chat}\ndemo_format: {of_run}".lower())
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=None), generation_config=None)
+    options = resolve(parse_training(["--model", str(tmp_path), "--chat-template",
+                                      str(asked).lower()]))
+    assert make_builder(options, make_tokenizer(), model).demo_format == form
+
+
 def test_a_missing_chat_template_is_an_error_that_names_the_option(tokenizer):
     bare = make_tokenizer()
     bare.chat_template = None

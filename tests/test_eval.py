@@ -327,6 +327,15 @@ def test_the_recommendation_follows_both_intervals(gain, lead, said):
     assert said in text and f"turns has the highest accuracy, {pilot.points(gain)}" in text
 
 
+def test_the_recommended_options_write_the_prompts_of_the_evaluation():
+    o = EvaluationOptions(system="Be brief.", instruction="", stop=["\\n", "Q:"], demo_min_chars=58)
+    assert pilot.training_options(o, 2) == (
+        "--num-demonstrations 2 --system 'Be brief.' --instruction '' --stop '\\n' Q: "
+        "--demo-min-chars 58")
+    assert pilot.training_options(EvaluationOptions(chat_template=False), 1) == (
+        "--num-demonstrations 1 --chat-template false")
+
+
 def test_the_formats_compared_are_those_that_the_tokenizer_allows(embedded):
     _, builder, _ = embedded
     bare = make_tokenizer()

@@ -156,6 +156,9 @@ def test_ratios_match_hand_calculation():
                                tensor([[2.0, 0.5], [0.5, 0.25]]))
     with pytest.raises(ValueError, match="expert"):
         importance_ratio(logprobs, old, off_policy, "expert")
+    for bound in (0.0, -5.0):
+        with pytest.raises(ValueError, match="log_ratio_clamp"):
+            importance_ratio(logprobs, old, off_policy, log_ratio_clamp=bound)
 
 
 @pytest.mark.parametrize("log_ratio", [-1e4, -50.0, 50.0, 1e4])
@@ -231,6 +234,7 @@ def test_mixed_objective_matches_hand_calculation():
     assert mixed_policy_objective(*two_rows()).item() == pytest.approx(0.85 + 1.0)
     logprobs, old, A, mask, off_policy = two_rows()
     mask = mask * ~off_policy[:, None]
+    A = A.masked_fill(off_policy, math.nan)   # of rows that do not count
     assert mixed_policy_objective(logprobs, old, A, mask, off_policy).item() == pytest.approx(0.85)
 
 

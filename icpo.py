@@ -102,7 +102,7 @@ def group_advantages(rewards: Tensor, group: Tensor, keep: Tensor | None = None,
     rewards: [B]. group: [B] int ids in any order. keep: [B] bool; rows outside it get 0 and do not
     count. unbiased: divide the sum of squares by n − 1 instead of n. divide: by std + eps; False
     leaves R − mean, as Dr. GRPO does.
-    Returns [B] float32 or float64: exactly 0 in a group of one and in a group of equal rewards.
+    Returns [B] float32 or float64: exactly 0 in a group of one, of equal rewards, or with a NaN.
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep.bool()
@@ -183,6 +183,7 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
     J is to be maximised. (ICPO) shapes the off-policy ratio, rejects by (ERRS) and divides by Z
     instead. Arguments: see `icpo_loss`; rows without response tokens do not count.
     """
+    _check(logprobs, old_logprobs, advantages, mask, off_policy, None, 0.0)
     counts = mask.bool()
     logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
     ratio = importance_ratio(logprobs, old_logprobs, off_policy)
@@ -236,13 +237,12 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     old_logprobs = old_logprobs.detach().to(dtype).where(counts, 0.0)
     mask = mask.to(dtype)
     Z = mask.sum() if normalizer is None else torch.as_tensor(normalizer, dtype=dtype).to(mask)
-    Z = Z.where(Z > 0, 1.0)
+    Z = Z.where(counts.any(), 1.0)
 
     ratio = importance_ratio(logprobs, old_logprobs, off_policy, off_policy_denominator,
                              log_ratio_clamp)                                              # [B, T]
-    shaped = ratio
-    if shaping_lambda is not None:
-        shaped = torch.where(off, policy_shaping(ratio, shaping_lambda), ratio)            # [B, T]
+    shaped = ratio if shaping_lambda is None else torch.where(
+        off, policy_shaping(ratio, shaping_lambda), ratio)                                 # [B, T]
     objective = clip(shaped, A, clip_low, clip_high, dual_clip)                            # [B, T]
     if not clip_off_policy:
         objective = torch.where(off, shaped * A, objective)

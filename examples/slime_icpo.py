@@ -13,9 +13,10 @@ def icpo_loss(args, batch, logits, sum_of_sample_mean):
     """batch: lists of one tensor a response. Each rollout_log_probs holds the log-probabilities
     after [D; q] if the response is off-policy, and zeros else. Returns the loss and metrics."""
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
-    found = get_log_probs_and_entropy(
-        logits, args=args, max_seq_lens=batch.get("max_seq_lens"), with_entropy=False,
-        **{name: batch[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")})
+    # Earlier versions have max_seq_lens, in the batch and here.
+    names = "unconcat_tokens", "total_lengths", "response_lengths", "max_seq_lens"
+    found = get_log_probs_and_entropy(logits, args=args, with_entropy=False,
+                                      **{name: batch[name] for name in names if name in batch})
     found = found[-1] if isinstance(found, tuple) else found     # newer versions return a pair
     logprobs, behaviour, old, advantages = (torch.cat(list(x)) for x in (
         found["log_probs"], batch["rollout_log_probs"], batch["log_probs"], batch["advantages"]))

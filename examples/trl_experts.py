@@ -2,6 +2,7 @@
 
 import torch
 from accelerate.utils import gather
+from trl.chat_template_utils import parse_response
 
 
 def sample_experts(trainer, questions: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -20,8 +21,12 @@ def sample_experts(trainer, questions: list[dict]) -> tuple[torch.Tensor, dict[s
     demo_ids, *_ = trainer._tokenize_prompts([trainer.demo_prompt(row) for row in mine])
     tokens, _ = trainer._generate_single_turn(demo_ids, None, {}, 1)
     texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
-    if isinstance(prompts[0], list):   # conversations
+    tokenizer = trainer._tokenizer
+    if isinstance(prompts[0], list):   # conversations, of the form that TRL gives plain responses
         texts = [[{"role": "assistant", "content": text}] for text in texts]
+        if any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
+            texts = [[parse_response(tokenizer, ids, prefix=prefix)]
+                     for ids, prefix in zip(tokens, demo_ids, strict=True)]
     trainer._calculate_rewards(mine, prompts, texts, tokens)
     # What a reward function logs of these would go to the rows and means of the next plain ones.
     trainer._pending_extra_logs.clear()

@@ -48,7 +48,8 @@ class ICPOTrainer(GRPOTrainer):
     def __init__(self, *args, demo_prompt, **named):
         super().__init__(*args, **named)
         self.demo_prompt = demo_prompt
-        used = {"tools": self.tools, "rollout_func": self.rollout_func, "images": self._is_vlm,
+        used = {"tools": self.tools, "environment_factory": self.environment_factories,
+                "rollout_func": self.rollout_func, "images": self._is_vlm,
                 "router_aux_loss_coef": self.aux_loss_enabled,
                 "beta above 0 with an adapter": self.beta and self.ref_model is None}
         if self.args.icpo and any(used.values()):

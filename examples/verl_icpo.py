@@ -23,21 +23,28 @@ LOG_RATIO_CLAMP = 20.0     # as in verl's own loss
 
 
 @register_adv_est("icpo")
-def icpo_advantages(token_level_rewards, response_mask, index, reward_baselines=None, **_):
+def icpo_advantages(token_level_rewards, response_mask, index, reward_baselines=None,
+                    config: Any = None, **_):
     """(ERRS), the mixed groups, (ADV).
 
     token_level_rewards, response_mask: [B, T]. index: [B], the uid of each row's question.
     reward_baselines: [B], above 0 in off-policy rows; None if there are none. verl hands no other
-    column on. Rows that leave their group get advantage 0, and response_mask becomes 0 in them, in
-    place, so that they do not count in Z. Returns advantages and returns, [B, T] each, the same.
+    column on. config: `algorithm` of verl's settings. Rows that leave their group get advantage 0,
+    and response_mask becomes 0 in them, in place, so that they do not count in Z. Returns
+    advantages and returns, [B, T] each, the same. Raises ValueError for a KL term in the reward,
+    with which a right expert would have less than δ.
     """
+    config = {} if config is None else config
+    if config.get("use_kl_in_reward"):
+        raise ValueError("algorithm.use_kl_in_reward is on; ICPO needs rewards without a KL term")
     rewards = token_level_rewards.sum(-1)                                                  # [B]
     off_policy = torch.zeros_like(rewards) if reward_baselines is None else reward_baselines
     off_policy = off_policy > 0
     group = torch.as_tensor(np.unique(index, return_inverse=True)[1], device=rewards.device)
     accepted = icpo.expert_region(rewards, off_policy, DELTA)                              # (ERRS)
     keep = icpo.mix_groups(off_policy, group, accepted, torch.rand(len(rewards)))
-    advantages = icpo.group_advantages(rewards, group, keep)                               # (ADV)
+    advantages = icpo.group_advantages(                                                    # (ADV)
+        rewards, group, keep, divide=config.get("norm_adv_by_std_in_grpo", True))
     response_mask.mul_(keep[:, None].to(response_mask.dtype))
     advantages = advantages[:, None] * response_mask                                       # [B, T]
     return advantages, advantages

@@ -400,6 +400,17 @@ def test_wrong_arguments_are_named(change, culprit):
         icpo_loss(**arguments)
 
 
+def test_a_normalizer_of_nan_or_0_shows():
+    for Z in (math.nan, 0.0):
+        assert not icpo_loss(*random_batch(), normalizer=Z)[0].isfinite()
+
+
+def test_mixed_objective_names_wrong_shapes():
+    logprobs, old, A, mask, off_policy = random_batch()
+    with pytest.raises(ValueError, match="advantages"):
+        mixed_policy_objective(logprobs, old, A[:, None].expand(mask.shape), mask, off_policy)
+
+
 def test_the_file_works_alone(tmp_path):
     """icpo.py imports only torch and math, so it can be copied into another code base."""
     (tmp_path / "icpo.py").write_bytes(Path(icpo.__file__).read_bytes())

@@ -55,17 +55,22 @@ def test_slime(stand_in, rows, pair, kl):
     def split(values):
         return [row[:length] for row, length in zip(values, LENGTHS)]
 
-    def log_probs(logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy,
-                  max_seq_lens):
-        found = {"log_probs": split(rows.logprobs)}
-        return (torch.empty(0), found) if pair else found
+    def earlier(logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy,
+                max_seq_lens):
+        return {"log_probs": split(rows.logprobs)}
 
-    stand_in("slime.backends.megatron_utils.loss", get_log_probs_and_entropy=log_probs)
+    def newer(logits, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy):
+        return torch.empty(0), {"log_probs": split(rows.logprobs)}
+
+    stand_in("slime.backends.megatron_utils.loss",
+             get_log_probs_and_entropy=newer if pair else earlier)
     from examples.slime_icpo import icpo_loss
     batch = {"unconcat_tokens": [], "total_lengths": [9, 9, 9], "response_lengths": LENGTHS,
              "log_probs": split(rows.old), "ref_log_probs": split(rows.old),
              "rollout_log_probs": split(rows.behaviour * OFF[:, None]),
              "advantages": [a.expand(length) for a, length in zip(A, LENGTHS)]}
+    if not pair:
+        batch["max_seq_lens"] = None
     args = SimpleNamespace(eps_clip=0.2, eps_clip_high=0.3, use_kl_loss=kl, kl_loss_coef=0.1)
     loss, metrics = icpo_loss(args, batch, torch.empty(1, 9, 3), lambda x: x.sum())
     more = dict(ref_logprobs=rows.old, kl_coef=0.1) if kl else {}

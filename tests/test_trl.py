@@ -9,9 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="pip install -r examples/requirements-trl.txt")
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, chat_template_utils
 
 import icpo
+from examples import embedded
 from examples.embedded import MODEL, build
 from examples.trl_icpo import ICPOConfig, ICPOTrainer
 from model_utils import load_model, pack, response_logprobs
@@ -171,6 +172,35 @@ def test_refuses_what_it_does_not_compute(settings, message, tmp_path):
 def test_refuses_a_rollout_function(make):
     with pytest.raises(ValueError, match="does not work with rollout_func"):
         make(lambda *args, **named: ICPOTrainer(*args, **named, rollout_func=print))
+
+
+def test_refuses_an_environment_without_tools(make, monkeypatch):
+    class Environment:
+        def reset(self, **_):
+            pass
+
+        def get_reward(self):
+            return 1.0
+
+    tokenizer = embedded.AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = chat_template_utils.qwen3_chat_template   # TRL wants one with tools
+    monkeypatch.setattr(embedded.AutoTokenizer, "from_pretrained", lambda *_: tokenizer)
+    with pytest.raises(ValueError, match="does not work with environment_factory"):
+        make(lambda *args, **named: ICPOTrainer(*args, **named, environment_factory=Environment))
+
+
+def test_experts_reach_the_reward_in_the_form_of_plain_responses(make, monkeypatch):
+    side, seen = make(), []
+    tokenizer = side._tokenizer
+    tokenizer.response_template = chat_template_utils.deepseek_r1_distill_template
+    tokens = tokenizer("5 + 2</think>\n\n\\boxed{7}")["input_ids"]
+    monkeypatch.setattr(side, "_generate_single_turn",
+                        lambda prompts, *_: ([tokens[:] for _ in prompts], None))
+    rewards = side._calculate_rewards
+    monkeypatch.setattr(side, "_calculate_rewards", lambda rows, prompts, texts, *rest: (
+        seen.append(texts[0][0]["content"]) or rewards(rows, prompts, texts, *rest)))
+    batch_of(side)
+    assert seen == ["\\boxed{7}"] * 2
 
 
 def test_groups_that_span_processes(tmp_path):

@@ -57,6 +57,15 @@ def test_advantages_are_those_of_grpo_without_off_policy_rows():
     assert torch.equal(advantages, returns) and advantages.any()
 
 
+def test_settings_of_verl_hold_for_advantages():
+    rewards, config = token_rewards([1.0, 0.0, 0.5, 0.0] * 2), {"norm_adv_by_std_in_grpo": False}
+    expected, _ = compute_grpo_outcome_advantage(rewards, MASK, UIDS, **config)
+    torch.testing.assert_close(icpo_advantages(rewards, MASK.clone(), UIDS, config=config)[0],
+                               expected)
+    with pytest.raises(ValueError, match="use_kl_in_reward"):
+        icpo_advantages(rewards, MASK, UIDS, config={"use_kl_in_reward": True})
+
+
 @pytest.mark.parametrize("settings", [
     {}, dict(clip_ratio_low=0.1, clip_ratio_high=0.3), dict(clip_ratio=0.3, clip_ratio_c=1.5)])
 @pytest.mark.parametrize("info", [

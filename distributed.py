@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -213,7 +213,7 @@ def sharded_like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype,
-          shard_size: int = 0, offload: bool = False) -> None:
+          shard_size: int = 0, offload: bool = False, mesh: DeviceMesh | None = None) -> None:
     """FSDP2: splits parameters, gradients and optimiser state over the processes, block by block.
 
     The model may still be on the meta device; `device` is where it computes, in `compute_dtype`.
@@ -222,6 +222,7 @@ def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype
         there are several copies and only gradients travel between them; give the number of GPUs of
         a node where the network between nodes is slow.
     offload: keep the parameters in the CPU's memory and move a block at a time to the GPU.
+    mesh: that of a model which is sharded already, so that both share its process groups.
     Needs a process group of any size. Raises ValueError for a shard_size that does not divide the
     number of processes.
     """
@@ -232,7 +233,7 @@ def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype
     shape, names = (size,), ("shard",)
     if size < world_size():
         shape, names = (world_size() // size, size), ("replicate", "shard")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = mesh or init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     # What lies around the blocks stays whole until the backward pass, which needs it at once; a
     # frozen model has none.
@@ -243,13 +244,14 @@ def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype
                     offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
 
 
-def frozen_copy(model: "Transformer", dtype: torch.dtype, shard_size: int = 0,
+def frozen_copy(model: "Transformer", dtype: torch.dtype,
                 offload: bool = False) -> "Transformer":
     """A copy in `dtype` that is never trained, sharded if `model` is; see `shard`."""
     copied = _empty_like(model, dtype)
     device = torch.device("cpu") if offload else model.device
-    if isinstance(model, FSDPModule):
-        shard(copied, model.device, dtype, shard_size, offload)
+    weights = next(model.parameters())
+    if isinstance(weights, DTensor):
+        shard(copied, model.device, dtype, offload=offload, mesh=weights.device_mesh)
     copied.load_state_dict({name: parameter.detach().to(device=device, dtype=dtype, copy=True)
                             for name, parameter in model.named_parameters()}, assign=True)
     return copied

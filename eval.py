@@ -139,7 +139,8 @@ def sample_case(o: EvaluationOptions, model: Transformer, builder: PromptBuilder
     left = [i for problem, i in place.items() if problem not in known]
 
     def keep(new: list[dict]) -> None:
-        if is_main() or Path(o.output).is_file():   # a node may not see the folder of the first
+        # Other nodes may not see the folder, or their lines may mix there with those of the first.
+        if os.environ.get("GROUP_RANK", "0") == "0":   # torchrun gives each node a number
             append_lines(Path(o.output), [case.label | record for record in new])
 
     with tqdm(total=len(case.problems) * case.samples, initial=len(records), desc=title,

@@ -267,7 +267,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         o.model, device, torch.float32, *[split] * dist.is_initialized())
     reference = None
     if o.kl_coef:
-        reference = frozen_copy(model, dtype, o.shard_size, o.offload_reference)
+        reference = frozen_copy(model, dtype, o.offload_reference)
     wrap_blocks(model, o.recompute_activations, o.compile_blocks)
     optimizer = AdamW(model.parameters(), o.optimizer_state, lr=o.learning_rate,
                       betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps,
@@ -340,23 +340,23 @@ def make_sampler(o: TrainingOptions, model: Transformer, held_out: int,
                  dtype: torch.dtype) -> tuple[Sampler, bool]:
     """Returns (the sampler, whether FSDP's weights stay whole between micro-batches).
 
-    The sampler has slots for the larger of a rollout and an evaluation. --slots 0 becomes a number
-    that is the same on every process, in place. What stays from one rollout or micro-batch to the
-    next is what has room beside the update: first the sampler's copy and its cache, so that its
-    graphs serve again; then the weights that FSDP has gathered.
+    The sampler has slots for the larger of a rollout and an evaluation; --slots 0 is a number that
+    is the same on every process. What stays from one rollout or micro-batch to the next is what has
+    room beside the update: first the sampler's copy and its cache, so that its graphs serve again;
+    then the weights that FSDP has gathered.
     """
     plan = Plan(model.config, o, world_size(), model.device.type)
     free = min(gather_objects(free_memory(model.device)))
-    o.slots = min(gather_objects(fill_slots(plan, held_out, free)))
+    slots = min(gather_objects(fill_slots(plan, held_out, free)))
     length = o.max_prompt_length + o.max_new_tokens
-    of_sampler = plan.gathered + o.slots * bytes_per_slot(plan.config, length, dtype)
+    of_sampler = plan.gathered + slots * bytes_per_slot(plan.config, length, dtype)
     keep = plan.device == "cuda" and plan.fits_beside_update(of_sampler, free)
     # One process on a CPU only copies its weights, which takes no time to speak of.
     stay = (plan.device == "cuda" or plan.processes > 1) and plan.fits_beside_update(
         plan.gathered + keep * of_sampler, free)
     sampler = error = None
     try:
-        sampler = Sampler(model.config, o.slots, length, model.device, dtype, o.compile, keep)
+        sampler = Sampler(model.config, slots, length, model.device, dtype, o.compile, keep)
     except ValueError as caught:   # memory may be short on one process alone; then all of them end
         error = caught
     for each in filter(None, gather_objects(error)):
@@ -568,12 +568,11 @@ def load_any_model(path: str, device, dtype, *shard: Callable) -> tuple[Transfor
 
     shard: none, or one as load_model takes it.
     """
-    folder, checkpoint = find_model(path)
-    if checkpoint is None:
-        return load_model(folder, device, dtype, *shard)
-    model, tokenizer = load_model(folder, device, torch.float32, *shard)
-    if str(device) != "meta":
+    # Another process may be training there, so that the next look finds a newer checkpoint.
+    folder, checkpoint = on_main(lambda: find_model(path))
+    model, tokenizer = load_model(folder, device, dtype, *shard)
+    if checkpoint and str(device) != "meta":
         if is_main() and Path(path) != checkpoint:
             print(f"{path} is not finished: this is {checkpoint.name}")
         read_model(checkpoint, model)
-    return model.to(dtype), tokenizer
+    return model, tokenizer

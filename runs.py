@@ -306,8 +306,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> None:
-    """Writes checkpoints/step-N and deletes all but the newest `keep`. Every process calls it."""
+    """Writes checkpoints/step-N and deletes all but the newest `keep`. Every process calls it.
+
+    Raises ValueError if parts of it are missing, because a process has another folder of that name.
+    """
     tensors = _tensors(*get_state_dict(model, optimizer))
+    folder = on_main(folder.absolute)   # processes may have started in different folders
     final = folder / "checkpoints" / f"step-{step}"
     aside = final.with_name(f".{final.name}.partial")
     if is_main():
@@ -317,6 +321,10 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
     try:
         writer = HuggingFaceStorageWriter(str(aside), _files_of(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
+        barrier()
+        problem = on_main(lambda: _damage(aside, tensors))
+        require(not problem, f"{final} was written in parts, and {problem}: --output-dir must be "
+                f"on a file system that all processes share")
     except BaseException:   # mostly a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -344,7 +352,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     A damaged one is renamed, with a message. Raises ValueError for a finished run without a
     checkpoint, and if all are damaged.
     """
-    checkpoints = on_main(lambda: find_checkpoints(folder))
+    checkpoints = on_main(lambda: find_checkpoints(folder.absolute()))
     if not checkpoints:
         require(not (folder / "final").exists(),
                 f"{folder} is a finished run without a checkpoint to go on from")

@@ -243,8 +243,10 @@ def test_runs_and_checkpoints_load_as_models(tmp_path):
     assert same == {"": True, "final": True, "checkpoints/step-2": True,
                     "checkpoints/step-1": False}
     shutil.rmtree(tmp_path / "run" / "final")
-    newest, _ = load_any_model(str(tmp_path / "run"), "cpu", torch.float32)
-    assert torch.equal(newest.head, weights["final"]["model.embed_tokens.weight"])
+    for dtype in (torch.float32, torch.bfloat16):
+        newest, _ = load_any_model(str(tmp_path / "run"), "cpu", dtype)
+        for name, tensor in newest.state_dict().items():
+            assert torch.equal(tensor, weights["final"][name].to(dtype)), name
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ValueError, match="neither final/ nor a checkpoint"):
         load_any_model(str(tmp_path / "run"), "cpu", torch.float32)

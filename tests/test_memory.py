@@ -251,9 +251,10 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from distributed import shard
+from distributed import frozen_copy, shard
 from model_utils import Transformer
 from test_memory import SHAPES
+from test_model_utils import make_model
 
 dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
 found = {{}}
@@ -262,6 +263,10 @@ for name in ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"):
         model = Transformer(SHAPES[name])
     shard(model, torch.device("cpu"), torch.bfloat16)
     found[name] = sum(p.to_local().numel() * 4 for p in model.parameters())
+shard(model := make_model(head_dim=16), torch.device("cpu"), torch.float32, 4)
+meshes = [next(each.parameters()).device_mesh
+          for each in (model, frozen_copy(model, torch.float32))]
+found["groups of a copy"] = meshes[0].shape == (2, 4) and meshes[1] is meshes[0]
 print(json.dumps(found))
 """
 
@@ -271,6 +276,7 @@ def test_large_models_are_split_among_eight_processes(tmp_path):
     (tmp_path / "large.py").write_text(LARGE.format(root=str(ROOT)))
     found = json.loads(run_script("large.py", root=tmp_path).stdout.splitlines()[-1])
     options = resolve(parse_training(["--dtype", "bfloat16"]), 8)
+    assert found.pop("groups of a copy")   # a second set would not wait for the first
     for name, size in found.items():
         assert size == pytest.approx(Plan(SHAPES[name], options, 8, "cuda").weights, rel=0.002)
 

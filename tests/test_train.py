@@ -266,6 +266,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, processe
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
+IN_OTHER_FOLDERS = """
+import os, sys
+sys.path[0] = {root!r}
+from pathlib import Path
+os.makedirs(os.environ["RANK"], exist_ok=True)
+os.chdir(os.environ["RANK"])
+import runs
+if sys.argv.pop() == "unshared":   # the file system of the second process is another one
+    writer = runs.HuggingFaceStorageWriter
+    runs.HuggingFaceStorageWriter = lambda path, *args, **more: writer(
+        path if os.environ["RANK"] == "0" else "elsewhere", *args, **more)
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("disk", ["shared", "unshared"])
+def test_processes_may_start_in_other_folders_but_share_a_disk(tmp_path, disk):
+    (tmp_path / "elsewhere.py").write_text(IN_OTHER_FOLDERS.format(root=str(ROOT)))
+    done = run_script("elsewhere.py", *SMALL, "--steps", 1, "--eval-every", 0, "--output-dir", "run",
+                      disk, processes=2, root=tmp_path, cwd=tmp_path, check=disk == "shared")
+    found = [list((tmp_path / rank).glob("run/checkpoints/*")) for rank in "01"]
+    if disk == "shared":
+        assert [path.name for path in found[0]] == ["step-1"] and not found[1]
+        assert not runs._damage(found[0][0], {})
+        run_script("elsewhere.py", "--resume", "--steps", 2, "--output-dir", "run", disk,
+                   processes=2, root=tmp_path, cwd=tmp_path)
+        assert [row["step"] for row in metrics_of(tmp_path / "0" / "run")] == [1, 2]
+    else:
+        assert done.returncode and found == [[], []]
+        assert "must be on a file system that all processes share" in done.stderr
+
+
 def test_no_file_of_a_checkpoint_is_large(whole_run):
     """Writing one takes twice its size in memory."""
     files = [load_file(path) for path in (whole_run / "checkpoints" / "step-4").iterdir()]
@@ -594,6 +627,14 @@ def test_the_best_model_is_kept_beside_the_last(tmp_path, monkeypatch):
     # The run goes on; the model of its next evaluation is the best of those that are kept.
     trainer.train(prepare(tmp_path / "without", "--resume", "--keep-best", "--steps", "3"))
     assert (tmp_path / "without" / "best").exists()
+
+
+def test_a_resumed_run_chooses_its_cache_slots_anew(tmp_path):
+    """It may have fewer GPUs, or smaller ones."""
+    run = prepare(tmp_path / "run", "--steps", "1")
+    trainer.train(run)
+    assert run.sampler.slots > 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["slots"] == 0
 
 
 def test_a_run_is_repeated_from_its_config(whole_run, tmp_path):

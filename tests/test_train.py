@@ -285,8 +285,9 @@ train.main()
 @pytest.mark.parametrize("disk", ["shared", "unshared"])
 def test_processes_may_start_in_other_folders_but_share_a_disk(tmp_path, disk):
     (tmp_path / "elsewhere.py").write_text(IN_OTHER_FOLDERS.format(root=str(ROOT)))
-    done = run_script("elsewhere.py", *SMALL, "--steps", 1, "--eval-every", 0, "--output-dir", "run",
-                      disk, processes=2, root=tmp_path, cwd=tmp_path, check=disk == "shared")
+    done = run_script("elsewhere.py", *SMALL, "--steps", 1, "--eval-every", 0, "--output-dir",
+                      "run", disk, processes=2, root=tmp_path, cwd=tmp_path,
+                      check=disk == "shared")
     found = [list((tmp_path / rank).glob("run/checkpoints/*")) for rank in "01"]
     if disk == "shared":
         assert [path.name for path in found[0]] == ["step-1"] and not found[1]

@@ -42,14 +42,20 @@ def read_config(folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json: not a Hugging Face model folder")
-    family = read_object(file).get("model_type")
-    if family not in FAMILIES:   # AutoConfig may not know it, or may run code from the folder
-        raise ValueError(f"{folder}: architecture {family!r} is not supported; supported: "
-                         f"{', '.join(FAMILIES)}")
+    # AutoConfig may not know the family, or may run code from the folder.
+    _check_family(folder, read_object(file).get("model_type"))
     with naming(file):
         hf = AutoConfig.from_pretrained(folder)
+    _check_family(folder, hf.model_type)   # AutoConfig takes some of mistral for ministral
+    with naming(file):
         _check_supported(hf)
     return hf
+
+
+def _check_family(folder: Path, family: str | None) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"{folder}: architecture {family!r} is not supported; supported: "
+                         f"{', '.join(FAMILIES)}")
 
 
 def _check_supported(hf) -> None:
@@ -58,9 +64,14 @@ def _check_supported(hf) -> None:
                          "unquantised one")
     if hf.hidden_act != "silu":
         raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported; supported: 'silu'")
-    if getattr(hf, "use_sliding_window", False):
-        raise ValueError("use_sliding_window: true is not supported; supported: full attention in "
-                         "every layer")
+    for name, used in (
+            ("use_sliding_window: true", getattr(hf, "use_sliding_window", False)),
+            ("sliding_attention in layer_types",
+             "sliding_attention" in (getattr(hf, "layer_types", None) or ())),
+            ("is_causal: false", getattr(hf, "is_causal", True) is False)):
+        if used:
+            raise ValueError(f"{name} is not supported; supported: full causal attention in every "
+                             f"layer")
     if hf.model_type == "mistral" and hf.sliding_window is not None:
         raise ValueError(f"sliding_window: {hf.sliding_window} is not supported; supported: "
                          f"Mistral models whose sliding_window is null (from version 0.2 on)")
@@ -123,15 +134,16 @@ def read_tensors(folder: Path, wanted: dict[str, torch.nn.Parameter], tied: bool
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    usual, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if usual.is_file():   # an index beside it is left from an earlier save
+        files = [usual]
+    elif index.is_file():
         names = read_object(index).get("weight_map")
         if not isinstance(names, dict):
             raise ValueError(f"{index} has no weight_map that names the files of the tensors")
         files = sorted({folder / name for name in names.values()})
     else:
-        usual = folder / "model.safetensors"
-        files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file; convert the model with "
                          f"transformers' save_pretrained")

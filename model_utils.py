@@ -74,10 +74,14 @@ class ModelConfig:
         """The shape that a transformers config gives."""
         rope, scaling = hf.rope_parameters, None
         if rope["rope_type"] == "llama3":
+            # transformers prefers a length that stands beside rope_parameters.
+            trained = (getattr(hf, "original_max_position_embeddings", None)
+                       or rope["original_max_position_embeddings"])
             scaling = RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-                                  rope["original_max_position_embeddings"])
+                                  trained)
         attention_bias = getattr(hf, "attention_bias", False)
-        rotary = getattr(hf, "no_rope_layers", None) or ()   # a 1 for each layer that has it
+        smollm3 = hf.model_type == "smollm3"   # others ignore the key
+        rotary = hf.no_rope_layers if smollm3 else ()   # a 1 for each layer that has it
         return cls(
             vocab_size=hf.vocab_size, hidden_size=hf.hidden_size,
             intermediate_size=hf.intermediate_size, num_layers=hf.num_hidden_layers,
@@ -603,7 +607,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype=torch
     # Chat models often end a turn with another token than a text; generation_config.json has both.
     stops = (model.generation_config or {}).get("eos_token_id", hf_config.eos_token_id)
     stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
-    model.stop_ids = tuple(sorted(stops - {None}))
+    stops -= {None}
+    if not all(isinstance(stop, int) for stop in stops):
+        raise ValueError(f"{folder}: eos_token_id must be a token id or several, not {stops}")
+    model.stop_ids = tuple(sorted(stops))
     return model, tokenizer
 
 
@@ -626,7 +633,7 @@ def save_model(model: Transformer, tokenizer, path: str | Path) -> None:
             tensors[name] = full.detach().to("cpu", copy=True)   # a view of a larger storage
     if is_main():
         generation = dict(model.generation_config or {})
-        if generation.get("eos_token_id") is None and model.stop_ids:
-            generation["eos_token_id"] = list(model.stop_ids)   # `generate` ends at no others
+        if model.stop_ids:   # `generate` ends at no others
+            generation["eos_token_id"] = list(model.stop_ids)
         write_folder(path, tensors, model.hf_config, generation, tokenizer)
     barrier()

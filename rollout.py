@@ -466,8 +466,8 @@ def _check(model, prompts, counts, max_new_tokens, temperature, top_p, top_k, st
                                ("top_k", top_k, 0), ("temperature", temperature, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    if not math.isfinite(temperature):
-        raise ValueError(f"temperature must be a finite number, not {temperature}")
+    if not math.isfinite(temperature) or 0 < temperature < 1e-6:   # logits would overflow
+        raise ValueError(f"temperature must be 0 or a finite number from 1e-6, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     for name, values in (("n", counts), ("stream_ids", stream_ids), ("stop_at", stop_at)):

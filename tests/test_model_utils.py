@@ -110,6 +110,9 @@ def random_tokens(*shape, vocab=V, seed=0):
     ("llama", dict(num_key_value_heads=4, head_dim=16, attention_bias=True)),
     ("llama", dict(mlp_bias=True, rms_norm_eps=0.1)),
     ("llama", dict(rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16)),
+    ("llama", dict(rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, head_dim=16,
+                   original_max_position_embeddings=16)),
+    ("llama", dict(no_rope_layers=[0, 1])),
     ("qwen2", {}),
     ("qwen2", dict(num_key_value_heads=1,
                    rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
@@ -234,11 +237,29 @@ def test_other_architectures_are_refused_by_name(family, tmp_path):
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window: true is not supported"),
     ("qwen3", dict(use_sliding_window=True), "use_sliding_window: true is not supported"),
     ("smollm3", dict(use_sliding_window=True, sliding_window=64), "use_sliding_window: true"),
+    ("smollm3", dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8,
+                     num_hidden_layers=2), "sliding_attention in layer_types"),
+    ("qwen3", dict(is_causal=False), "is_causal: false"),
 ])
 def test_a_sliding_window_is_refused(family, changes, words, tmp_path):
     make_config(family, **changes).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"config.json: {words}"):
         load_model(tmp_path)
+
+
+def test_mistral_that_transformers_takes_for_ministral_is_refused(tmp_path):
+    make_config("mistral", sliding_window=None).save_pretrained(tmp_path)
+    edit_config(tmp_path, layer_types=["full_attention"] * 2)
+    with pytest.raises(ValueError, match="architecture 'ministral' is not supported"):
+        load_model(tmp_path)
+
+
+def test_an_index_of_an_earlier_save_is_not_read(tmp_path):
+    hf = make_folder(tmp_path, make_config(), max_shard_size="10KB")
+    torch.nn.init.normal_(hf.lm_head.weight)
+    hf.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert torch.equal(load_model(tmp_path)[0].head, hf.lm_head.weight)
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])
@@ -327,7 +348,7 @@ def test_both_libraries_read_what_save_model_writes(dtype, tied, tmp_path):
     config = json.loads((tmp_path / "new" / "b" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "b", dtype=torch.float32)
-    assert theirs.generation_config.eos_token_id == [7, 5]
+    assert theirs.generation_config.eos_token_id == [STOP, 5, 7]
     assert theirs.generation_config.temperature == 0.6
     tokens = random_tokens(2, 20)
     assert_close(theirs(tokens).logits, model.float()(tokens), atol=1e-4, rtol=0)
@@ -351,6 +372,12 @@ def test_stop_ids_join_tokenizer_and_configs(config_stops, generation_stops, exp
         (tmp_path / "generation_config.json").write_text(
             json.dumps({"eos_token_id": generation_stops}))
     assert load_model(tmp_path)[0].stop_ids == expected
+
+
+def test_a_stop_id_that_is_a_text_is_refused(tmp_path):
+    make_folder(tmp_path, make_config(), {"eos_token_id": "7"})
+    with pytest.raises(ValueError, match="eos_token_id must be a token id or several, not"):
+        load_model(tmp_path)
 
 
 def test_harmless_extra_tensors_are_ignored(tmp_path):

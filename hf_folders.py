@@ -4,6 +4,7 @@ model_utils.load_model and save_model put them together. A setting, a tensor or 
 fit raises ValueError, which names it.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -151,6 +152,19 @@ def _tensor_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise ValueError(f"{file} is missing, though model.safetensors.index.json lists it")
     return files
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of the weights, of parts spread over each file: training changes all of them."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for part in range(64):
+                stream.seek(size * part // 64)
+                found.update(stream.read(4096))
+    return found.hexdigest()
 
 
 def write_folder(path: Path, tensors: dict[str, torch.Tensor], hf_config: Any, generation: dict,

@@ -279,6 +279,9 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
         run.start = load_checkpoint(folder, model, optimizer)
         require(run.start <= o.steps,
                 f"{folder} has made {run.start} steps already, more than --steps {o.steps}")
+        if o.lr_schedule != "constant" and o.lr_decay_steps <= run.start < o.steps and is_main():
+            print(f"warning: --lr-schedule {o.lr_schedule} has ended at step {o.lr_decay_steps}, "
+                  f"so the learning rate of all further steps is 0", file=sys.stderr)
     on_main(lambda: write_settings(folder, o, run.start))
     # It comes after, because a kill here must leave a folder that can be resumed.
     on_main(lambda: run.trackers.begin(o.report_to, folder, asdict(o), run.start))

@@ -37,7 +37,7 @@ def measure(run: "Run", step: int, batch: "Batch", updates: list[dict], gap: flo
     totals.add(groups=len(groups), all_equal=len(groups) - len(varied),
                accepted=(batch.off_policy & batch.accepted).sum().item(),
                sampled=sum(len(r.sampled) for r in batch.responses),
-               verify_timeouts=run.notes.timeouts, unsettled=run.notes.unsettled.total(),
+               verify_timeouts=run.notes.timeouts, unsettled=run.notes.responses,
                answered=sum(bool(run.final_answer(r.text)) for r in batch.responses
                             if not r.off_policy))
     for name, value in asdict(run.sampler.work).items():
@@ -259,6 +259,10 @@ def say_results(run: "Run", accuracies: list[float]) -> None:
         print(f"{what + ':':<15}{run.folder / name}")
     if accuracies:
         count = " + ".join(str(len(problems)) for problems in run.held_out.values())
-        print(f"held-out accuracy went from {accuracies[0]:.1%} to {accuracies[-1]:.1%} "
-              f"({count} problems, 0 shots, temperature "
-              f"{run.options.eval_temperature})")
+        steps = [row["step"] for row in rows if "eval_accuracy" in row]
+        if len(accuracies) > len(steps):
+            steps.insert(0, 0)
+        ends = [f"{accuracy:.1%}" + f" (step {step})" * (step not in (0, run.options.steps))
+                for step, accuracy in ((steps[0], accuracies[0]), (steps[-1], accuracies[-1]))]
+        print(f"held-out accuracy went from {' to '.join(ends)} ({count} problems, 0 shots, "
+              f"temperature {run.options.eval_temperature})")

@@ -52,11 +52,12 @@ def extract_answer(response: str, answer_format: str = "boxed") -> str | None:
 @dataclass
 class Notes:
     """What `score` could not settle. A response without a verdict earns nothing."""
-    timeouts: int = 0                                   # comparisons that passed a limit
+    timeouts: int = 0                                     # comparisons that passed a limit
+    responses: int = 0                                    # without a verdict
     unsettled: Counter = field(default_factory=Counter)   # (answer, reference) -> responses
 
     def clear(self) -> None:
-        self.timeouts, self.unsettled = 0, Counter()
+        self.timeouts, self.responses, self.unsettled = 0, 0, Counter()
 
 
 def settle(given: str, answer: str | None) -> bool | None:
@@ -122,8 +123,10 @@ def score(responses: list[str], answers: Sequence[str | Sequence[str]], timeout:
     right = [any(verdicts[pair] is True for pair in row) for row in rows]
     if notes is not None:
         notes.timeouts += sum(verdict == LIMIT for verdict in verdicts.values())
-        notes.unsettled.update(pair for row, earned in zip(rows, right, strict=True) if not earned
-                               for pair in row if verdicts[pair] in (None, LIMIT))
+        for row, earned in zip(rows, right, strict=True):
+            pairs = [pair for pair in row if not earned and verdicts[pair] in (None, LIMIT)]
+            notes.responses += bool(pairs)
+            notes.unsettled.update(pairs)
     return [float(earned) for earned in right]
 
 

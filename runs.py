@@ -40,6 +40,7 @@ from files import (
     replace_lines,
     write_object,
 )
+from hf_folders import find_folder, weights_hash
 from options import (
     METHODS,
     EvaluationOptions,
@@ -153,7 +154,8 @@ def _usable(folder: Path):
 
 
 def _fingerprint(options: TrainingOptions) -> dict:
-    """What a resumed run must find as it was: the settings, and hashes of the data files."""
+    """What a resumed run must find as it was: the settings, and hashes of the data files and of the
+    model that is the reference."""
     o = options
     hashes = {"train_data": content_hash(embedded(o.train_data, "train.jsonl"), "train"),
               "test_data": "+".join(content_hash(embedded(each, "test.jsonl"), "test")
@@ -161,6 +163,9 @@ def _fingerprint(options: TrainingOptions) -> dict:
     if o.off_policy == "demonstrations":
         hashes["demonstrations"] = content_hash(embedded(o.demonstrations, "demonstrations.jsonl"),
                                                 "train")
+    if o.kl_coef:   # it is the reference, to the end
+        model, checkpoint = find_model(o.model)
+        hashes["model"] = weights_hash(checkpoint or find_folder(str(model)))
     return {"settings": settings_that_stay(o), "files": hashes}
 
 
@@ -183,8 +188,8 @@ def check_fingerprint(folder: Path, saved: dict, options: TrainingOptions) -> No
         given = getattr(options, name)
         given = ", ".join(given) if isinstance(given, list) else given
         require(now["files"].get(name) == value,
-                f"{given} ({flag(name)}) is not the data with which {folder} was run; put that "
-                f"back, or start another run")
+                f"{given} ({flag(name)}) is not the {'model' if name == 'model' else 'data'} with "
+                f"which {folder} was run; put that back, or start another run")
 
 
 def discard(folder: Path) -> None:
@@ -241,6 +246,9 @@ def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
     fingerprint = folder / "fingerprint.json"
     if not fingerprint.is_file():   # else check_fingerprint has found it equal
         write_object(fingerprint, _fingerprint(options))
+    for file in folder.glob("skipped-step-*.jsonl"):
+        if int(file.stem.rpartition("-")[2]) > steps:
+            file.unlink()
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         rows = read_lines(file)
@@ -308,9 +316,13 @@ def _first_line(error: BaseException) -> str:
 def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> None:
     """Writes checkpoints/step-N and deletes all but the newest `keep`. Every process calls it.
 
-    Raises ValueError if parts of it are missing, because a process has another folder of that name.
+    Raises OSError if parts of it are missing, because a process has another folder of that name.
     """
+    began = bool(optimizer.state)
     tensors = _tensors(*get_state_dict(model, optimizer))
+    if not began:   # it has made a step with a gradient of 0, to have something to save
+        for state in optimizer.state.values():
+            state["step"].zero_()
     folder = on_main(folder.absolute)   # processes may have started in different folders
     final = folder / "checkpoints" / f"step-{step}"
     aside = final.with_name(f".{final.name}.partial")
@@ -323,8 +335,9 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
         dcp.save(tensors, storage_writer=writer)
         barrier()
         problem = on_main(lambda: _damage(aside, tensors))
-        require(not problem, f"{final} was written in parts, and {problem}: --output-dir must be "
-                f"on a file system that all processes share")
+        if problem:
+            raise OSError(f"of {final.name}, {problem}: --output-dir must be on a file system that "
+                          f"all processes share")
     except BaseException:   # mostly a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -491,10 +504,10 @@ class NotFinite(RuntimeError):
 
     def __init__(self, steps: int, folder: Path):
         super().__init__(
-            f"the loss or gradient of {steps} steps in a row was not finite. The weights are those "
-            f"before them; the batches are in {folder}/skipped-step-*.jsonl. A smaller "
-            f"--learning-rate, or --dtype float32, may help; so may another model, if it was so "
-            f"from the first step")
+            f"the loss or gradient of {steps} steps in a row was not finite. The batches are in "
+            f"{folder}/skipped-step-*.jsonl; the newest of {folder}/checkpoints has the weights "
+            f"before them. Another run may begin with it (--model), with a smaller --learning-rate "
+            f"or with --dtype float32; or give another model, if it was so from the first step")
 
 
 class _Output:
@@ -522,6 +535,15 @@ def begin_program() -> None:
     """
     gc.enable()
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+    usual = sys.excepthook
+
+    def say_interrupted(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = say_interrupted   # Ctrl-C before the first step
 
 
 def how_to_go_on(folder: Path) -> str:

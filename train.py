@@ -324,10 +324,8 @@ def train(run: Run) -> None:
             report.write_rows(run, batch, metrics | before)
             report.show(bar, metrics, accuracies)
             skipped = skipped + 1 if report.unchanged(o, metrics) else 0
-            if skipped == o.max_skipped:
-                raise runs.NotFinite(skipped, run.folder)
             # The signal may have reached one process alone.
-            stopped = any(distributed.gather_objects(stop.received is not None))
+            stopped = skipped == o.max_skipped or any(distributed.gather_objects(stop.received))
             if stopped or o.checkpoint_every and (last or (step + 1) % o.checkpoint_every == 0):
                 say("saving")
                 runs.save_checkpoint(run.folder, run.model, run.optimizer, step + 1,
@@ -336,6 +334,8 @@ def train(run: Run) -> None:
             bar.update()
             if stopped:
                 break
+        if skipped == o.max_skipped:
+            raise runs.NotFinite(skipped, run.folder)
         say("done" if last else "stopped")
     if last:
         run.save("final")

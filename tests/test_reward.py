@@ -186,7 +186,9 @@ def test_what_is_not_understood_earns_nothing_and_is_noted():
     responses = [box(text) for text in ("at least 5", "at least 5", "5", "6", r"\gcd(5, x)")]
     assert score(responses, ["5"] * 5, notes=notes) == [0.0, 0.0, 1.0, 0.0, 0.0]
     assert notes.unsettled == {("at least 5", "5"): 2, (r"\gcd(5, x)", "5"): 1}
-    assert notes.timeouts == 0
+    assert (notes.timeouts, notes.responses) == (0, 3)
+    assert score(responses[:1], [["5", "6"]], notes=notes) == [0.0]
+    assert (notes.responses, notes.unsettled.total()) == (4, 5)   # two pairs of one response
     notes.clear()
     assert notes == Notes()
 

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -544,6 +545,53 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
     batch = [json.loads(line)
              for line in (run.folder / "skipped-step-3.jsonl").read_text().splitlines()]
     assert len(batch) == 20 and all(len(row["tokens"]) == len(row["old_logprobs"]) for row in batch)
+    # The finite step is not lost, and what belongs to steps that are made again goes.
+    again = tmp_path / "again"
+    shutil.copytree(run.folder, again)
+    saved = trainer.prepare(["--resume", "--output-dir", str(again), "--steps", "9"])
+    assert saved.start == 4
+    for mine, theirs in zip(run.model.parameters(), saved.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    runs.write_settings(again, saved.options, 2)
+    assert [path.name for path in again.glob("skipped*")] == ["skipped-step-1.jsonl"]
+
+
+def test_a_checkpoint_before_the_first_update_leaves_the_optimiser_as_it_is(tmp_path):
+    moved = []
+    for name, checkpoint in (("with", True), ("without", False)):
+        run = prepare(tmp_path / name, "--learning-rate", "1e-3")
+        if checkpoint:
+            runs.save_checkpoint(run.folder, run.model, run.optimizer, 0, 2)
+        trainer.update(run, sampled_batch(run))
+        assert {state["step"].item() for state in run.optimizer.state.values()} == {1.0}
+        moved.append([p.detach().clone() for p in run.model.parameters()])
+    for mine, theirs in zip(*moved, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_schedule_that_has_ended_is_said(tmp_path, capsys):
+    folder = tmp_path / "run"
+    trainer.train(prepare(folder, "--steps", "1", "--lr-schedule", "linear", "--eval-every", "0"))
+    capsys.readouterr()
+    trainer.prepare(["--resume", "--output-dir", str(folder), "--steps", "2"])
+    assert "--lr-schedule linear has ended at step 1, so the" in capsys.readouterr().err
+
+
+def test_a_resumed_run_needs_its_reference_model(tmp_path):
+    trainer.train(prepare(tmp_path / "base", "--steps", "1", "--learning-rate", "1e-3"))
+    prepare(tmp_path / "run", "--model", tmp_path / "base")
+    trainer.train(trainer.prepare(["--resume", "--output-dir", str(tmp_path / "base"), "--steps",
+                                   "2"]))
+    with pytest.raises(ValueError, match=r"base \(--model\) is not the model with which .*run"):
+        trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run")])
+
+
+def test_the_last_line_names_the_step_of_an_accuracy_before_the_end(tmp_path, capsys):
+    trainer.train(prepare(tmp_path / "run", "--steps", "1", "--eval-every", "1"))
+    assert "(step" not in capsys.readouterr().out
+    trainer.train(trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run"), "--steps",
+                                   "2", "--eval-every", "0"]))
+    assert re.search(r"went from [0-9.]+% to [0-9.]+% \(step 1\) \(", capsys.readouterr().out)
 
 
 def test_a_step_of_which_one_update_is_finite_is_no_skipped_step(tmp_path, monkeypatch, capsys):

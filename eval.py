@@ -15,12 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from options import EvaluationOptions, end_with_mistake, hasten_imports, parse_evaluation, shots_of
+from options import EvaluationOptions, begin_imports, end_with_mistake, parse_evaluation, shots_of
 
 ABOUT = "Accuracy of a model with 0 or more demonstrations in its context."
 if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
     parse_evaluation(sys.argv[1:], ABOUT)
-    hasten_imports()
+    begin_imports()
 
 import torch.distributed as dist
 from tqdm import tqdm

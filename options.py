@@ -157,13 +157,22 @@ def did_you_mean(word: str, options, prefix: str = "") -> str:
     return f"; did you mean {prefix}{shown[0]}?" if shown else ""
 
 
-def hasten_imports() -> None:
-    """Switches garbage collection off until runs.begin_program, and at exit.
+def begin_imports() -> None:
+    """Switches garbage collection off until runs.begin_program, and at exit; Ctrl-C ends in a word.
 
     The imports make many objects and no garbage; at exit Python would search them all for it.
     """
     gc.disable()
     atexit.register(gc.freeze)
+    usual = sys.excepthook
+
+    def say_interrupted(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = say_interrupted
 
 
 def end_with_mistake(program: str, message: object) -> NoReturn:

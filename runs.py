@@ -529,21 +529,12 @@ class _Output:
 
 
 def begin_program() -> None:
-    """Collects garbage from now on (see options.hasten_imports), and outlives readers.
+    """Collects garbage from now on (see options.begin_imports), and outlives readers.
 
     When what reads the output of this process, such as head, ends, the process goes on.
     """
     gc.enable()
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
-    usual = sys.excepthook
-
-    def say_interrupted(kind, error, trace):
-        if issubclass(kind, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-        else:
-            usual(kind, error, trace)
-
-    sys.excepthook = say_interrupted   # Ctrl-C before the first step
 
 
 def how_to_go_on(folder: Path) -> str:

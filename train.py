@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from options import end_with_mistake, hasten_imports, parse_training
+from options import begin_imports, end_with_mistake, parse_training
 
 if __name__ == "__main__":   # --help and a misspelt option end here, before torch is loaded
     parse_training(sys.argv[1:])
-    hasten_imports()
+    begin_imports()
 
 import torch
 from torch import Tensor

@@ -32,14 +32,7 @@ import runs
 import train as trainer
 from distributed import AdamW, learning_rate, micro_batches, round_at_random
 from model_utils import load_model
-from options import (
-    METHODS,
-    TrainingOptions,
-    hasten_imports,
-    parse_training,
-    resolve,
-    without_effect,
-)
+from options import METHODS, TrainingOptions, begin_imports, parse_training, resolve, without_effect
 from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +51,7 @@ MANY_PARTS = ["--max-prompt-length", "152", "--micro-batch-tokens", "200"]
 def test_a_program_collects_garbage_after_its_imports(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))   # It replaces both.
-    hasten_imports()
+    begin_imports()
     assert not gc.isenabled()
     runs.begin_program()
     assert gc.isenabled()

@@ -92,12 +92,14 @@ def points(change: dict[str, float]) -> str:
 
 def training_options(o: EvaluationOptions, shots: int) -> str:
     """What train.py needs beside the form of demonstrations to ask as this evaluation did."""
-    words, usual = ["--num-demonstrations", str(shots)], EvaluationOptions()
+    words, usual = [f"--num-demonstrations {shots}"], EvaluationOptions()
     for name in OF_PROMPTS:
         value = getattr(o, name)
         if value != getattr(usual, name):
-            words += [flag(name), *map(shown, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+            # A text may begin with a dash.
+            words.append(f"{flag(name)} {shlex.join(value)}" if isinstance(value, list)
+                         else f"{flag(name)}={shlex.quote(shown(value))}")
+    return " ".join(words)
 
 
 def recommend(options: str, ranked: dict[str, dict], ahead: dict) -> str:

@@ -88,12 +88,12 @@ def make_builder(o: SharedOptions, tokenizer: Any, model: Transformer) -> Prompt
         stop=stop_strings(o))
     form = o.demo_format
     if form == "auto":
-        # The run that made the model, or its folder, says which form suits it.
-        known = settings_of_run(o.model) or model.generation_config or {}
         form = "turns" if o.chat_template else "text"
-        if (known.get("demo_format") in get_args(DemoFormat)
-                and known.get("chat_template", True) == o.chat_template):
-            form = known["demo_format"]
+        # The folder of the model says which form suits it, and before that the run that made it.
+        for known in (model.generation_config or {}, settings_of_run(o.model)):
+            if (known.get("demo_format") in get_args(DemoFormat)
+                    and known.get("chat_template", True) == o.chat_template):
+                form = known["demo_format"]
     try:
         builder = build(demo_format=form)
     except ValueError:

@@ -6,13 +6,12 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from curves import draw, read_metrics
+from curves import draw, read_metrics, series
 from distributed import Totals, gather_lists, is_main, largest, on_main
 from files import append_lines
 from model_card import write_card
@@ -216,16 +215,19 @@ def keep_best(run: "Run", accuracy: float, best: float) -> float:
     return max(accuracy, best)
 
 
-def read_accuracies(folder: Path) -> tuple[list[float], float]:
-    """The held-out accuracies of the steps made so far, and that of the model in best/, or -inf.
+def read_progress(run: "Run") -> tuple[list[float], float, int]:
+    """What the steps made so far have left: the held-out accuracies, that of the model in best/, or
+    -inf, and the number of last steps that left the weights alone.
 
     Every process must call it.
     """
     def read():
-        rows = read_metrics(folder)
-        after = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
-        before = [row["eval_accuracy_before"] for row in rows if "eval_accuracy_before" in row]
-        return before + after, max(after if (folder / "best").is_dir() else [], default=-math.inf)
+        rows = read_metrics(run.folder)
+        found = series(rows, "eval_accuracy")
+        kept = [accuracy for step, accuracy in found.items() if step]
+        best = max(kept if (run.folder / "best").is_dir() else [], default=-math.inf)
+        skipped = list(itertools.takewhile(lambda row: unchanged(run.options, row), reversed(rows)))
+        return list(found.values()), best, len(skipped)
 
     return on_main(read)
 
@@ -243,26 +245,25 @@ def say_stopped(run: "Run", steps: int) -> None:
               f"{how_to_go_on(run.folder)}")
 
 
-def say_results(run: "Run", accuracies: list[float]) -> None:
+def say_results(run: "Run") -> None:
     """Draws the curves, writes the model card, ends the reports, and says where everything is."""
     if not is_main():
         return
     draw([run.folder], run.folder / "curves.png")
     write_card(run)
     run.trackers.end(run.folder / "curves.png")
-    rows = [row for row in read_metrics(run.folder) if "skipped_updates" in row]
+    rows = read_metrics(run.folder)
     if rows and all(unchanged(run.options, row) for row in rows):
         print("no step changed the model: the loss or gradient of each was not finite; see "
               f"{run.folder}/skipped-step-*.jsonl")
     for what, name in (("trained model", "final"), ("metrics", "metrics.jsonl"),
                        ("curves", "curves.png")):
         print(f"{what + ':':<15}{run.folder / name}")
-    if accuracies:
+    if found := list(series(rows, "eval_accuracy").items()):
         count = " + ".join(str(len(problems)) for problems in run.held_out.values())
-        steps = [row["step"] for row in rows if "eval_accuracy" in row]
-        if len(accuracies) > len(steps):
-            steps.insert(0, 0)
         ends = [f"{accuracy:.1%}" + f" (step {step})" * (step not in (0, run.options.steps))
-                for step, accuracy in ((steps[0], accuracies[0]), (steps[-1], accuracies[-1]))]
-        print(f"held-out accuracy went from {' to '.join(ends)} ({count} problems, 0 shots, "
-              f"temperature {run.options.eval_temperature})")
+                for step, accuracy in (found[0], found[-1])]
+        change = (f"was {ends[0]} before the first step" if found[-1][0] == 0
+                  else f"went from {' to '.join(ends)}")
+        print(f"held-out accuracy {change} ({count} problems, 0 shots, temperature "
+              f"{run.options.eval_temperature})")

@@ -333,11 +333,10 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
     try:
         writer = HuggingFaceStorageWriter(str(aside), _files_of(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
-        barrier()
-        problem = on_main(lambda: _damage(aside, tensors))
+        problem = on_main(lambda: _damage(aside, tensors))   # all have written when save returns
         if problem:
-            raise OSError(f"of {final.name}, {problem}: --output-dir must be on a file system that "
-                          f"all processes share")
+            raise OSError(f"of {final.name}, {problem}" + ": --output-dir must be on a file system "
+                          "that all processes share" * (world_size() > 1))
     except BaseException:   # mostly a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise

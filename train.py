@@ -300,8 +300,8 @@ def held_out_accuracy(run: Run) -> dict[str, dict[str, float]]:
 
 def train(run: Run) -> None:
     """Makes all steps from run.start on, or until a signal. Errors: see messages_on_exit."""
-    o, skipped, last = run.options, 0, True
-    accuracies, best = report.read_accuracies(run.folder)
+    o, last = run.options, True
+    accuracies, best, skipped = report.read_progress(run)
     with runs.stop_on_signal() as stop, report.step_bar(run) as bar:
         def say(phase: str) -> None:
             bar.set_description(f"{o.method}, {phase}")
@@ -325,7 +325,7 @@ def train(run: Run) -> None:
             report.show(bar, metrics, accuracies)
             skipped = skipped + 1 if report.unchanged(o, metrics) else 0
             # The signal may have reached one process alone.
-            stopped = skipped == o.max_skipped or any(distributed.gather_objects(stop.received))
+            stopped = skipped >= o.max_skipped or any(distributed.gather_objects(stop.received))
             if stopped or o.checkpoint_every and (last or (step + 1) % o.checkpoint_every == 0):
                 say("saving")
                 runs.save_checkpoint(run.folder, run.model, run.optimizer, step + 1,
@@ -334,12 +334,12 @@ def train(run: Run) -> None:
             bar.update()
             if stopped:
                 break
-        if skipped == o.max_skipped:
+        if skipped >= o.max_skipped:
             raise runs.NotFinite(skipped, run.folder)
         say("done" if last else "stopped")
     if last:
         run.save("final")
-        report.say_results(run, accuracies)
+        report.say_results(run)
     else:
         report.say_stopped(run, step + 1)
 

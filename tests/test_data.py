@@ -162,15 +162,17 @@ def test_the_form_of_demonstrations_is_that_of_the_run_that_made_the_model(tmp_p
     assert settings_of_run(str(model)) == {}
 
 
-@pytest.mark.parametrize("trained, asked, form", [
-    ((False, "one-turn"), False, "one-turn"), ((False, "one-turn"), True, "turns"),
-    ((True, "turns"), False, "text"), ((True, "text"), True, "text")])
+@pytest.mark.parametrize("trained, asked, of_folder, form", [
+    ((False, "one-turn"), False, None, "one-turn"), ((False, "one-turn"), True, None, "turns"),
+    ((True, "turns"), False, None, "text"), ((True, "text"), True, None, "text"),
+    ((True, "text"), True, "one-turn", "text"), ((False, "text"), True, "one-turn", "one-turn")])
 def test_a_run_is_asked_with_its_own_form_where_the_template_is_the_same(tmp_path, trained, asked,
-                                                                         form):
+                                                                         of_folder, form):
     chat, of_run = trained
     (tmp_path / "config.yaml").write_text(
         f"method: icpo\nchat_template: {chat}\ndemo_format: {of_run}".lower())
-    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=None), generation_config=None)
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=None),
+                                 generation_config={"demo_format": of_folder})
     options = resolve(parse_training(["--model", str(tmp_path), "--chat-template",
                                       str(asked).lower()]))
     assert make_builder(options, make_tokenizer(), model).demo_format == form

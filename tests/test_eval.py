@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from data import Demonstrations, PromptBuilder, load_problems
 from eval import evaluate
 from make import make_tokenizer
 from model_utils import load_model
-from options import METHODS, PAPER, EvaluationOptions, parse_evaluation
+from options import METHODS, PAPER, EvaluationOptions, parse_evaluation, parse_training
 from prepare import compared_formats, load_any_model, prepare_evaluation
 from runs import settings_of_run
 from summary import interval, print_table, summarise
@@ -332,10 +333,14 @@ def test_the_recommendation_follows_both_intervals(gain, lead, said):
 def test_the_recommended_options_write_the_prompts_of_the_evaluation():
     o = EvaluationOptions(system="Be brief.", instruction="", stop=["\\n", "Q:"], demo_min_chars=58)
     assert pilot.training_options(o, 2) == (
-        "--num-demonstrations 2 --system 'Be brief.' --instruction '' --stop '\\n' Q: "
-        "--demo-min-chars 58")
+        "--num-demonstrations 2 --system='Be brief.' --instruction='' --stop '\\n' Q: "
+        "--demo-min-chars=58")
     assert pilot.training_options(EvaluationOptions(chat_template=False), 1) == (
-        "--num-demonstrations 1 --chat-template false")
+        "--num-demonstrations 1 --chat-template=false")
+    # train.py reads what is recommended, also a text that begins with a dash.
+    o = EvaluationOptions(instruction="- be brief", system="a 'b'")
+    read = parse_training(shlex.split(pilot.training_options(o, 1)))
+    assert (read.instruction, read.system) == (o.instruction, o.system)
 
 
 def test_the_formats_compared_are_those_that_the_tokenizer_allows(embedded):

@@ -549,6 +549,20 @@ def test_a_loss_that_is_not_finite_skips_its_update(tmp_path, monkeypatch):
     assert [path.name for path in again.glob("skipped*")] == ["skipped-step-1.jsonl"]
 
 
+def test_a_run_that_ends_not_finite_is_not_finished_by_a_resume(tmp_path, monkeypatch):
+    icpo_loss = icpo.icpo_loss
+    monkeypatch.setattr(icpo, "icpo_loss", lambda *arguments, **more: (
+        icpo_loss(*arguments, **more)[0] * math.nan, icpo_loss(*arguments, **more)[1]))
+    with pytest.raises(runs.NotFinite):
+        trainer.train(prepare(tmp_path / "run", "--max-skipped", "2", "--steps", "2",
+                              "--eval-every", "0"))
+    again = tmp_path / "again"   # the error holds the run's folder
+    shutil.copytree(tmp_path / "run", again)
+    with pytest.raises(runs.NotFinite, match="2 steps in a row"):
+        trainer.train(trainer.prepare(["--resume", "--output-dir", str(again)]))
+    assert len(metrics_of(again)) == 2 and not (again / "final").exists()
+
+
 def test_a_checkpoint_before_the_first_update_leaves_the_optimiser_as_it_is(tmp_path):
     moved = []
     for name, checkpoint in (("with", True), ("without", False)):
@@ -573,6 +587,9 @@ def test_a_schedule_that_has_ended_is_said(tmp_path, capsys):
 def test_a_resumed_run_needs_its_reference_model(tmp_path):
     trainer.train(prepare(tmp_path / "base", "--steps", "1", "--learning-rate", "1e-3"))
     prepare(tmp_path / "run", "--model", tmp_path / "base")
+    # A file that is not read does not matter.
+    (tmp_path / "base" / "final" / "adapter_model.safetensors").write_bytes(b"x")
+    trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run")])
     trainer.train(trainer.prepare(["--resume", "--output-dir", str(tmp_path / "base"), "--steps",
                                    "2"]))
     with pytest.raises(ValueError, match=r"base \(--model\) is not the model with which .*run"):
@@ -585,6 +602,10 @@ def test_the_last_line_names_the_step_of_an_accuracy_before_the_end(tmp_path, ca
     trainer.train(trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run"), "--steps",
                                    "2", "--eval-every", "0"]))
     assert re.search(r"went from [0-9.]+% to [0-9.]+% \(step 1\) \(", capsys.readouterr().out)
+    file = tmp_path / "run" / "metrics.jsonl"   # now the only evaluation is before the first step
+    file.write_text(file.read_text().replace('"eval_accuracy"', '"of_another_name"'))
+    trainer.train(trainer.prepare(["--resume", "--output-dir", str(tmp_path / "run")]))
+    assert re.search(r"accuracy was [0-9.]+% before the first step \(", capsys.readouterr().out)
 
 
 def test_a_step_of_which_one_update_is_finite_is_no_skipped_step(tmp_path, monkeypatch, capsys):

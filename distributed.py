@@ -5,10 +5,12 @@ processes there are. The class Transformer uses nothing of this file: sharding, 
 compilation are applied to it from outside.
 """
 
+import atexit
 import functools
 import heapq
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -69,6 +71,22 @@ def init_distributed(device: str = "auto", needed: bool = False) -> torch.device
         raise ValueError(f"{here} processes on this machine need a GPU each, but PyTorch sees "
                          f"{gpus}: start at most {gpus}, or give --device cpu")
     return local
+
+
+def leave() -> None:
+    """Ends the program with status 0 if it is one of several processes, else ends the group alone.
+
+    A thread of gloo may still hold a finished collective. When Python's own clean-up has begun, a
+    thread that frees tensors aborts the process, so several processes end without that clean-up.
+    """
+    several = world_size() > 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if several:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rank() -> int:

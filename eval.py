@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Demonstrations, Problem, PromptBuilder
-from distributed import gather_objects, is_main, my_share, on_main, world_size
+from distributed import gather_objects, is_main, leave, my_share, on_main, world_size
 from files import append_lines, read_object, write_object
 from memory import choose_slots
 from model_utils import Transformer
@@ -195,8 +195,7 @@ def main() -> None:
         about = Path(o.output).with_suffix(".json")
         write_object(about, read_object(about) | {"rows": rows} | comparison)
         print(f"every sample: {o.output}; this table: {about}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

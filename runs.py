@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from datafiles import content_hash
-from distributed import barrier, is_main, on_main, rank, world_size
+from distributed import barrier, is_main, leave, on_main, rank, world_size
 from files import (
     numbered,
     read_lines,
@@ -577,8 +577,7 @@ def messages_on_exit(folder: Path):
               f"({str(error).splitlines()[0]}). The one that ended first says why; go on with: "
               f"{go_on}", file=sys.stderr)
         os._exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 class Phases:

@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 
 from files import read_lines, read_settings
-from options import GROUPS, IMPLIED, TrainingOptions, flag, shown
+from options import IMPLIED, TrainingOptions, flag, shown
 
 matplotlib.use("Agg")   # no screen needed
 import matplotlib.pyplot as plt
@@ -77,9 +77,8 @@ def _settings(run: Path) -> dict:
         return {}
     found = read_settings(config)
     found |= {name: 0 for name, base in IMPLIED.items() if found.get(name) == found.get(base)}
-    own = {each.name for each in fields(TrainingOptions)
-           if each.metadata["group"] in GROUPS[:5] and not each.metadata["free"]}
-    own |= {"reward", "answer_format"}
+    own = {each.name for each in fields(TrainingOptions) if not each.metadata["free"]}
+    own -= {"seed", "verify_timeout"}
     return {name: shown(value) for name, value in found.items() if name in own}
 
 

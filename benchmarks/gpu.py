@@ -119,7 +119,7 @@ def rollouts_beside_generate(options: Options, folder: Path) -> list[Figure]:
             Figure("rollouts", f"{slots}: generate", f["transformers_tokens_per_second"],
                    "tokens/s"),
             Figure("rollouts", f"{slots}: ratio to generate", f["ratio"], "", ">= 10"),
-            Figure("rollouts", f"{slots}: share of bandwidth", f["share"], "", ">= 0.6"),
+            Figure("rollouts", f"{slots}: share of the limit", f["share"], "", ">= 0.6"),
             Figure("rollouts", f"{slots}: peak memory", f["memory_gb"], "GB"),
             Figure("rollouts", f"{slots}: peak memory of generate", f["transformers_memory_gb"],
                    "GB"),

@@ -184,7 +184,7 @@ def ask(o, model: Path | str, sets: list[str], output: Path, *options: str) -> N
 
 
 def screen(o, demo_format: str | None) -> None:
-    """Measures the model before training: plainly, or with demonstrations in this form."""
+    """Measures the model before training: plainly, or with demonstrations in this format."""
     if demo_format is None:
         ask(o, o.model, ["screen", *ASKED], o.output_dir / "before.jsonl", "--shots", "0")
     else:
@@ -251,7 +251,7 @@ def screening_table(o) -> list[str]:
              if name == "screen"]
     found += [(file.stem.partition("-")[2], row)
               for file in sorted(o.output_dir.glob("screen-*.json")) for row in rows_of(file)]
-    return ["| demonstrations | form | problems | right, % (interval over problems) | tokens | cut "
+    return ["| demonstrations | format | problems | right, % (interval over problems) | tokens | cut "
             "off, % |", "|---" * 6 + "|", *(
                 f"| {row['shots']} | {form} | {row['problems']} | "
                 f"{shown(row['accuracy'], row['low'], row['high'])} | {row['tokens']:.1f} | "
@@ -396,7 +396,7 @@ def main() -> None:
         "before a signal. On a GPU one of 7.5 GB, as the default model has, can take longer than "
         "the steps (default: %(default)s)")
     add("--learning-rate", type=float, default=5e-6, help="of the training (default: %(default)s)")
-    add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="forms of the prompt "
+    add("--demo-format", nargs="+", choices=forms, default=forms[:1], help="formats of the prompt "
         "with demonstrations to screen; the systems are trained with the first (default: turns)")
     add("--dtype", choices=["float32", "bfloat16"], help="to compute in (default: bfloat16 on a "
         "GPU or a processor with AVX512_BF16 or AMX, else float32)")

@@ -397,7 +397,7 @@ def test_the_benchmark_runs_from_end_to_end_and_a_part_that_fails_ends_no_other(
     assert [key[0] for key, row in found.items() if key[1] == "failed"] == ["tests"]
     assert "ZeroDivisionError" in found["tests", "failed"]["note"]
     for key in (("rollouts", "8 slots: ratio to generate"), ("update", "share of the matmul rate"),
-                ("rollouts", "8 slots: share of bandwidth"), ("update", "distance of the estimate"),
+                ("rollouts", "8 slots: share of the limit"), ("update", "distance of the estimate"),
                 ("vocabulary", "peak memory beyond the weights"), ("default", "seconds"),
                 ("types", "float32: log-probability gap, maximum"),
                 ("types", "bfloat16: log-probability gap, maximum")):

@@ -143,6 +143,6 @@ if __name__ == "__main__":
     try:
         draw(arguments.runs, arguments.output)
         print(*map(summarise, arguments.runs), sep="\n")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(arguments.output)

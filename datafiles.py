@@ -189,7 +189,9 @@ def _of_datasets(source: str, preferred: str) -> Any:
         where = "" if folder or Path(path).is_file() else (
             f" is {path} of the Hugging Face hub and" if known else
             " is no file or folder here, and of the Hugging Face hub it")
-        raise ValueError(f"{source}{where} could not be read: {brief(error)}") from None
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):   # its cause says more
+            error = error.__cause__ or error
+        raise ValueError(f"{source}{where} could not be read: {brief(error, lines=3)}") from None
 
 
 def _choose(splits: list[str], preferred: str) -> str:

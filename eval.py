@@ -22,7 +22,6 @@ if __name__ == "__main__":   # --help and a misspelt option end here, before tor
     parse_evaluation(sys.argv[1:], ABOUT)
     begin_imports()
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Demonstrations, Problem, PromptBuilder

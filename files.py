@@ -22,7 +22,7 @@ def replace_file(file: Path, text: str) -> None:
     """Writes the file aside and renames it, so that readers find the whole old or new file."""
     aside = file.with_name(f".{file.name}.partial")
     try:
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
         aside.replace(file)
     except OSError:   # the disk may be full
         with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def write_object(file: Path, value: dict) -> None:
 def read_settings(file: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml. Raises ValueError, which names the file."""
     with naming(f"{file} is damaged"):
-        found = yaml.safe_load(file.read_text())
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("lines of the form 'option: value' were expected")
     return found
@@ -99,6 +99,7 @@ def naming(what):
         raise ValueError(f"{what}: {message}") from error
 
 
-def brief(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+def brief(error: BaseException, lines: int = 1) -> str:
+    """The kind of an error and the first lines of its message that are not empty."""
+    text = f"{type(error).__name__}: {str(error).strip()}".splitlines()
+    return " ".join([line.strip() for line in text if line.strip()][:lines])

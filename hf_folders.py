@@ -29,13 +29,15 @@ def find_folder(path: str, weights: bool = True) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        # Some repositories hold the weights once more, in a form of their own or in subfolders.
-        return Path(snapshot_download(path, ignore_patterns=["*/*", "consolidated*"],
+        # Some repositories hold the weights once more, in another form or type or in subfolders.
+        return Path(snapshot_download(path, ignore_patterns=["*/*", "consolidated*", "adapter_*",
+                                                             "model.*.safetensors",
+                                                             "model.*-of-*"],
                                       allow_patterns=["*.json", "*.jinja", "*.txt", "*.model",
                                                       *["*.safetensors"] * weights]))
     except Exception as error:
-        raise ValueError(f"no model at {path!r}: it is not a folder here, and the Hugging Face hub "
-                         f"did not give one of that name ({brief(error)})") from error
+        raise ValueError(f"no model at {path!r}: it is not a folder here, and could not be taken "
+                         f"from the Hugging Face hub ({brief(error, lines=3)})") from error
 
 
 def read_config(folder: Path) -> Any:
@@ -182,7 +184,8 @@ def write_folder(path: Path, tensors: dict[str, torch.Tensor], hf_config: Any, g
     hf_config.dtype = next(iter(tensors.values())).dtype
     hf_config.save_pretrained(aside)
     if generation:
-        (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n",
+                                                      encoding="utf-8")
     tokenizer.save_pretrained(aside)
     for file in aside.glob("*.safetensors"):   # the library lets only the owner read them
         file.chmod((aside / "config.json").stat().st_mode)

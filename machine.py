@@ -6,10 +6,12 @@ is applied from outside.
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import psutil
@@ -220,7 +222,24 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min(psutil.virtual_memory().available, control_group_memory())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def control_group_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that a container, or another Linux control group, may still take; inf without a limit.
+
+    The group's files that the system holds in memory count as free, because it drops them.
+    """
+    version_2 = root, "memory.max", "memory.current", ""
+    version_1 = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+    for folder, limit, used, kind in (version_2, version_1):
+        with contextlib.suppress(OSError, ValueError):   # ValueError: the limit is "max"
+            held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = int(held[f"{kind}active_file"]) + int(held[f"{kind}inactive_file"])
+            room = int((folder / limit).read_text()) - int((folder / used).read_text())
+            return max(room + files, 0)
+    return math.inf
 
 
 def own_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 import time
 import types
@@ -158,10 +159,13 @@ def did_you_mean(word: str, options, prefix: str = "") -> str:
 
 
 def begin_imports() -> None:
-    """Switches garbage collection off until runs.begin_program, and at exit; Ctrl-C ends in a word.
+    """Switches garbage collection off until runs.begin_program, and at exit; Ctrl-C ends in a word,
+    and so does a start on Windows, which lacks fork and file locks.
 
     The imports make many objects and no garbage; at exit Python would search them all for it.
     """
+    if os.name == "nt":
+        sys.exit("Windows is not supported; WSL, the Linux system in Windows, is")
     gc.disable()
     atexit.register(gc.freeze)
     usual = sys.excepthook
@@ -186,7 +190,8 @@ def end_with_mistake(program: str, message: object) -> NoReturn:
     text = f"{program}: error: {message}"
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         more = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}))
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}),
+                              encoding="utf-8")
     print(text, file=sys.stderr)
     sys.exit(2)
 
@@ -197,7 +202,8 @@ def require(condition, message: str) -> None:
 
 
 def check_ranges(options) -> None:
-    """Raises ValueError for a value outside the range that its option declares, inf and nan."""
+    """Raises ValueError for a value outside the range that its option declares, inf, nan, and bytes
+    that are no text."""
     def range_of(hint) -> Range | None:
         if hasattr(hint, "__metadata__"):
             return hint.__metadata__[0]
@@ -206,6 +212,10 @@ def check_ranges(options) -> None:
     for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
         values, limits = getattr(options, name), range_of(hint)
         for value in values if isinstance(values, list) else [values]:
+            # Python keeps bytes of the command line that its encoding lacks as surrogates.
+            require(not isinstance(value, str) or not re.search("[\ud800-\udfff]", value),
+                    f"{flag(name)} {ascii(value)} is not in the encoding of this system, "
+                    f"{sys.getfilesystemencoding()}; start Python with PYTHONUTF8=1")
             require(not isinstance(value, float) or math.isfinite(value),
                     f"{flag(name)} must be a finite number, not {value}")
             require(limits is None or value is None or limits.holds(value),
@@ -617,7 +627,7 @@ def parse_training(arguments: Sequence[str], saved: dict | None = None) -> Train
         if not file.is_file():
             parser.error(f"no configuration file at {file}")
         try:
-            settings = yaml.load(file.read_text(), _OptionLoader) or {}
+            settings = yaml.load(file.read_text(encoding="utf-8"), _OptionLoader) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             parser.error(f"{file} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(settings, dict):

@@ -1,12 +1,14 @@
 """Runs and evaluations on disk: folders, locks, checkpoints, signals, messages on exit."""
 
 import contextlib
+import errno
 import fcntl
 import gc
 import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
@@ -123,7 +124,7 @@ def _claim(folder: Path, saved: dict | None, resume: bool = False) -> Claim:
     except OSError:
         _remove_empty(made)
         raise
-    lock = _lock(folder, "another process is training there now")
+    lock = _lock(folder, f"{folder} is in use: another process is training there now")
     if resume:
         print(f"nothing to resume in {folder}: starting from the first step")
     return Claim(folder, saved, made, lock)
@@ -201,33 +202,36 @@ def discard(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(path: Path, busy: str) -> int | None:
+def _lock(path: Path, busy: str, flags: int = os.O_RDONLY) -> int | None:
     """Holds the file or folder until this process ends or closes the lock, which it returns.
 
-    Returns None where the file system has no locks. Raises InUse if another process holds it.
+    Returns None where the file system has no locks. Raises InUse, which says `busy`, if another
+    process holds it.
     """
-    lock = os.open(path, os.O_RDONLY)
+    lock = os.open(path, flags, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise InUse(f"{path} is in use: {busy}") from None
+        raise InUse(busy) from None
     except OSError:   # some network file systems cannot lock
         os.close(lock)
         return None
     return lock
 
 
-_held: dict[Path, int | None] = {}   # locks on the samples of evaluations, until this process ends
+_held: dict[Path, int | None] = {}   # by the samples' file; held until this process ends
 
 
-def _hold(file: Path) -> None:
-    """Locks the file, or the one that has replaced it. Raises ValueError if it is in use."""
-    before = _held.pop(file, None)
-    if before is not None:
-        os.close(before)
-    if file.is_file():
-        _held[file] = _lock(file, "another evaluation is writing there now")
+def _hold(output: Path) -> None:
+    """Keeps other evaluations from this file of samples. Raises InUse if one writes there.
+
+    The lock is on a file of its own, because the samples' file is replaced.
+    """
+    if output not in _held:
+        _held[output] = _lock(output.with_name(f".{output.name}.lock"),
+                              f"{output} is in use: another evaluation is writing there now",
+                              os.O_RDWR | os.O_CREAT)
 
 
 def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
@@ -510,16 +514,21 @@ class NotFinite(RuntimeError):
 
 
 class _Output:
-    """A stream that writes at once, and drops what is written after its reader has gone."""
+    """A stream that writes at once, and drops what is written after its reader has gone.
+
+    stream: None if the process was started without it.
+    """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")   # noqa: SIM115
 
     def write(self, text: str) -> int:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):   # EIO: a terminal that was closed
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
@@ -538,7 +547,7 @@ def begin_program() -> None:
 
 def how_to_go_on(folder: Path) -> str:
     processes = f"--nproc-per-node {world_size()} " if world_size() > 1 else ""
-    return f"torchrun {processes}train.py --resume --output-dir {folder}"
+    return f"torchrun {processes}train.py --resume --output-dir {shlex.quote(str(folder))}"
 
 
 @contextlib.contextmanager
@@ -638,7 +647,8 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
     if options.output:
         return Path(options.output), open_output(Path(options.output), options, cases)
     default = default_output(options.model)
-    default.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):   # _check_folder says it
+        default.parent.mkdir(exist_ok=True)
     _check_folder(default)   # in a folder that cannot be written, no name would do
     for output in numbered(default):
         with contextlib.suppress(ValueError):
@@ -714,9 +724,8 @@ def open_output(output: Path, options: EvaluationOptions,
 
 
 def write_samples(output: Path, found: dict[tuple, list[dict]]) -> None:
-    """Replaces the file of the samples by these, and keeps it locked."""
+    """Replaces the file of the samples by these."""
     replace_lines(output, [record for records in found.values() for record in records])
-    _hold(output.absolute())
 
 
 def _differences(old: dict, settings: dict, options, cases: list, found: dict) -> list[str]:

@@ -11,6 +11,7 @@ import os
 import queue
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ class _Worker:
                 return
         self.kill()
         raise RewardError(f"a worker of the reward did not start; try: {sys.executable} "
-                          f"{os.path.abspath(__file__)}")
+                          f"{shlex.quote(os.path.abspath(__file__))}")
 
     def compare(self, pair: tuple[str, str | None], timeout: float) -> bool | str | None:
         """The verdict on a pair; see compare below."""
@@ -221,6 +222,7 @@ def _serve(memory_limit: int) -> None:
     When the child dies, the worker forks another in a millisecond. When the trainer is gone, the
     worker kills the child, busy or not, and ends.
     """
+    trainer = os.getppid()
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())   # the libraries' prints are no replies
     import answers
@@ -233,13 +235,14 @@ def _serve(memory_limit: int) -> None:
             os._exit(0)
         os.close(there)   # now only the child holds it, and its death closes it
         waiting = select.poll()
-        waiting.register(here, 0)   # 0: wake up only when the other end closes
-        waiting.register(sys.stdin.fileno(), 0)
-        gone = {number for number, _ in waiting.poll()}
+        waiting.register(here, select.POLLIN)
+        waiting.register(sys.stdin.fileno(), 0)   # 0: wake up only when the other end closes
+        while not (gone := dict(waiting.poll(1000))) and os.getppid() == trainer:
+            pass   # macOS does not wake up for 0
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
         os.close(here)
-        if sys.stdin.fileno() in gone:
+        if here not in gone or sys.stdin.fileno() in gone or status == 0:   # 0: stdin has ended
             return
 
 
@@ -258,11 +261,11 @@ def _serve_pairs(answers, algebra, replies, memory_limit: int) -> None:
             verdict = (answers.understood(given, algebra.equal) if answer is None
                        else answers.equal(given, answer, algebra.equal))
         except MemoryError:
-            return
+            os._exit(1)
         except Exception:   # sympy has errors of its own
             verdict = None
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > memory_limit:
-            return   # this frees the memory; the next child starts afresh
+            os._exit(1)   # this frees the memory; the next child starts afresh
         replies.write(b"%d %s\n" % (number, str(verdict).encode()))
 
 

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean, stdev
 from typing import TextIO
 
 import matplotlib
+import mpmath  # sympy needs it
 import numpy as np
 import psutil
 from tqdm import tqdm
@@ -151,28 +152,24 @@ def end_with_failures(failed: list[str], runs: int) -> None:
 
 
 @functools.cache
-def expanded_tail(n: int) -> float:
-    """Returns the share of the bootstrap distribution to leave out on either side,
-    Φ(−√(n/(n−1))·t), where t is the 97.5 % point of Student's distribution with n − 1 degrees of
-    freedom (Hesterberg, arXiv 1411.5279). Intervals cut at 2.5 % are much too narrow for as few
-    values as there are seeds."""
-    t = np.quantile(np.random.default_rng(0).standard_t(n - 1, 1_000_000), 0.975)
-    return NormalDist().cdf(-(n / (n - 1)) ** 0.5 * t)
+def student(count: int) -> float:
+    """Returns the 97.5 % point of Student's distribution for the mean of `count` values."""
+    freedom = count - 1
+    # Both tails hold the regularised incomplete beta function of ν/2 and 1/2 at ν/(ν + t²).
+    return float(mpmath.findroot(lambda t: mpmath.betainc(
+        freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05, 2.5))
 
 
-def bootstrap(values: list[float]) -> tuple[float, float, float]:
-    """Returns the mean over seeds and both ends of its 95 % bootstrap interval by expanded
-    percentiles. The ends are nan for fewer than five values, which have too few different
-    resamples."""
-    array = np.array(values)
-    if len(array) < 5:
-        return array.mean(), np.nan, np.nan
-    means = array[np.random.default_rng(0).integers(len(array), size=(10_000, len(array)))].mean(1)
-    tail = expanded_tail(len(array))
-    return array.mean(), *np.quantile(means, [tail, 1 - tail])
+def over_seeds(values: list[float]) -> tuple[float, float, float]:
+    """Returns the mean over seeds and both ends of Student's 95 % interval, which are nan for fewer
+    than three values. A bootstrap of five values stays inside their range, and so holds the mean in
+    at most 94 % of cases."""
+    if len(values) < 3:
+        return fmean(values), np.nan, np.nan
+    mean, half = fmean(values), student(len(values)) * stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
-Interval = Callable[[list[float]], tuple[float, float, float]]   # mean and both ends, or nan
 Results = dict[str, dict[int, dict[str, float]]]
 
 
@@ -181,8 +178,13 @@ def shown(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:.1f}" + f" ({100 * low:.1f} to {100 * high:.1f})" * bool(low == low)
 
 
-def differences(results: Results, baseline: str, measures: dict[str, str],
-                interval: Interval = bootstrap) -> list[str]:
+def right(shares: list[float]) -> str:
+    """Returns the text of the mean of shares over seeds, with its interval cut at 0 and 100 %."""
+    mean, low, high = over_seeds(shares)
+    return shown(mean, *(min(max(end, 0.0), 1.0) if end == end else end for end in (low, high)))
+
+
+def differences(results: Results, baseline: str, measures: dict[str, str]) -> list[str]:
     """Returns a line per system that says how it differs from the baseline, with runs paired by
     seed. measures: those to compare, with their names in the text."""
     lines = []
@@ -194,8 +196,8 @@ def differences(results: Results, baseline: str, measures: dict[str, str],
                 if not seeds:
                     parts.append(f"{text} no seed in common")
                     continue
-                mean, low, high = interval([runs[seed][measure] - results[baseline][seed][measure]
-                                            for seed in seeds])
+                mean, low, high = over_seeds([runs[seed][measure] - results[baseline][seed][measure]
+                                              for seed in seeds])
                 word = ("too few seeds" if np.isnan(low) else
                         "higher" if low > 0 else "lower" if high < 0 else "not told apart")
                 span = "" if np.isnan(low) else f", {100 * low:+.1f} to {100 * high:+.1f}"
@@ -242,8 +244,7 @@ def draw_tokens(runs: dict[str, list[Path]], output: Path, baseline: str = "GRPO
     return lines
 
 
-def draw_bars(results: Results, measures: dict[str, str], title: str, output: Path,
-              interval: Interval = bootstrap) -> None:
+def draw_bars(results: Results, measures: dict[str, str], title: str, output: Path) -> None:
     """Draws a bar with its interval and its runs for every system and every measure, of which there
     are several."""
     figure, axes = plt.subplots(1, len(measures), figsize=(12, 0.9 + 0.36 * len(results)),
@@ -251,7 +252,7 @@ def draw_bars(results: Results, measures: dict[str, str], title: str, output: Pa
     for axis, (measure, text) in zip(axes, measures.items()):
         for row, runs in enumerate(results.values()):
             values = [100 * values[measure] for values in runs.values()]
-            mean, low, high = interval(values)
+            mean, low, high = over_seeds(values)
             axis.barh(row, mean, color=COLOURS[row % len(COLOURS)], alpha=0.75)
             axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], capsize=3, color="black",
                           linewidth=1)

@@ -24,7 +24,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -35,13 +35,14 @@ from benchmarks.experiments import (
     at_least_1,
     await_runs,
     beside,
-    bootstrap,
     claim,
     clock,
     differences,
     draw_bars,
     draw_tokens,
     end_with_failures,
+    over_seeds,
+    right,
     rows_of,
     run,
     shown,
@@ -92,7 +93,6 @@ IN_TRAINING = {"reward_on": "plain responses right, %", "answered": "with a fina
                "response_length": "tokens a response", "errs_accept_rate": "ERRS accepts, %",
                "off_policy_share": "tokens of the update that are off-policy, %",
                "groups_all_equal": "groups without a gradient, %", "bonus": "bonus of RS, %"}
-STUDENT = {3: 4.303, 4: 3.182}   # 97.5 % points of Student's distribution for so many seeds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,21 +220,6 @@ def finish(o, name: str, seed: int) -> None:
 # --------------------------------------------------------------------------------------------------
 # The report
 
-def over_seeds(values: list[float]) -> tuple[float, float, float]:
-    """Returns the mean and its 95 % interval: Student's for three or four seeds, which have too few
-    resamples, and `bootstrap` for more. The ends are nan for one or two."""
-    if len(values) not in STUDENT:
-        return bootstrap(values)
-    mean, half = fmean(values), STUDENT[len(values)] * stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
-def right(shares: list[float]) -> str:
-    """Returns the text of the mean of shares over seeds, with its interval cut at 0 and 100 %."""
-    mean, low, high = over_seeds(shares)
-    return shown(mean, *(min(max(end, 0.0), 1.0) if end == end else end for end in (low, high)))
-
-
 def by_set(file: Path) -> dict[str, dict]:
     """Returns the rows of an evaluation by the name of the set."""
     return {Path(row["data"]).stem: row for row in rows_of(file)}
@@ -251,8 +236,8 @@ def screening_table(o) -> list[str]:
              if name == "screen"]
     found += [(file.stem.partition("-")[2], row)
               for file in sorted(o.output_dir.glob("screen-*.json")) for row in rows_of(file)]
-    return ["| demonstrations | format | problems | right, % (interval over problems) | tokens | cut "
-            "off, % |", "|---" * 6 + "|", *(
+    return ["| demonstrations | format | problems | right, % (interval over problems) | tokens | "
+            "cut off, % |", "|---" * 6 + "|", *(
                 f"| {row['shots']} | {form} | {row['problems']} | "
                 f"{shown(row['accuracy'], row['low'], row['high'])} | {row['tokens']:.1f} | "
                 f"{100 * row['truncated']:.1f} |" for form, row in found)]
@@ -334,8 +319,8 @@ def report(o) -> None:
     lines = [f"# The task {task} with a real model", "", f"`{json.dumps(o.settings)}`", "",
              "Intervals hold 95 %.", "", "## The model before training", "", *screening_table(o),
              "", "## After training", "",
-             f"Answers without demonstrations. Intervals are over seeds: Student's for three or "
-             f"four, bootstrap from five on, none for fewer; of the untrained model over problems. "
+             f"Answers without demonstrations. Intervals are Student's over seeds, none for "
+             f"fewer than three; of the untrained model over problems. "
              f"The runs took {hours:.1f} hours, added up."
              + f" Not finished: {'; '.join(unfinished)}." * bool(unfinished), ""]
     lines += trained_table(asked, by_set(o.output_dir / "before.json"), done)
@@ -344,8 +329,8 @@ def report(o) -> None:
                                        for seed, sets in runs.items()}
                    for name, runs in done.items()}
         if "GRPO" in done:
-            lines += ["", *differences(results, named("GRPO", done["GRPO"]), asked, over_seeds)]
-        draw_bars(results, asked, "After training", o.output_dir / "systems.png", over_seeds)
+            lines += ["", *differences(results, named("GRPO", done["GRPO"]), asked)]
+        draw_bars(results, asked, "After training", o.output_dir / "systems.png")
     if metrics:
         of_runs = {name: list(runs.values()) for name, runs in metrics.items()}
         draw_groups(of_runs, PANELS, o.output_dir / "curves.png")
@@ -353,7 +338,7 @@ def report(o) -> None:
         ends = {name: {seed: {"end": rows[-1]["eval_accuracy"]} for seed, rows in runs.items()}
                 for name, runs in metrics.items()}
         if "GRPO" in ends:
-            lines += ["", *differences(ends, "GRPO", {"end": "after the last step"}, over_seeds)]
+            lines += ["", *differences(ends, "GRPO", {"end": "after the last step"})]
         lines += ["", "## Tokens sampled in training", "",
                   *draw_tokens({named(name, runs): list(runs.values())
                                 for name, runs in folders.items()}, o.output_dir / "tokens.png",

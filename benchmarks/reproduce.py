@@ -33,16 +33,15 @@ from benchmarks.experiments import (
     at_least_1,
     await_runs,
     beside,
-    bootstrap,
     claim,
     clock,
     differences,
     draw_bars,
     draw_tokens,
     end_with_failures,
+    right,
     rows_of,
     run,
-    shown,
     stoppable_pool,
 )
 from curves import draw_groups, read_metrics, series
@@ -136,8 +135,7 @@ def table_of(results: Results, paper: bool = False) -> list[str]:
     lines = ["| system | " + " | ".join(MEASURES.values()) + " |" + " paper, Qwen3-8B |" * paper,
              "|---" * (1 + len(MEASURES) + paper) + "|"]
     for name, runs in results.items():
-        cells = [shown(*bootstrap([values[measure] for values in runs.values()]))
-                 for measure in MEASURES]
+        cells = [right([values[measure] for values in runs.values()]) for measure in MEASURES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |"
                      + f" {PAPER.get(name.split(' (')[0], '–')} |" * paper)
     return lines
@@ -200,7 +198,7 @@ def main() -> None:
 
 def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) -> None:
     """Writes and prints results.md and draws the pictures of the finished runs."""
-    lines = [f"Seeds: {o.seeds}, steps: {o.steps}; mean over seeds (95 % bootstrap interval), in "
+    lines = [f"Seeds: {o.seeds}, steps: {o.steps}; mean over seeds (Student's 95 % interval), in "
              f"per cent. This call took {seconds:,.0f} s."]
     for setting in o.settings:
         done = {}
@@ -228,7 +226,7 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         pilot = rows_of(o.output_dir / setting / "pilot.json", "comparison")
         lines += [*(f"- {each['verdict']}".replace(f"{o.output_dir}/", "") for each in pilot), ""]
         lines += table_of(table, paper=True)
-        for baseline in ("GRPO", "ICPO†"):
+        for baseline in ("GRPO", "ICPO", "ICPO†"):
             lines += ["", *differences(table, baseline, MEASURES)] if baseline in table else []
         draw_groups({name: [read_metrics(folder) for folder in done[name].values()]
                      for name in systems if name in done}, PANELS,

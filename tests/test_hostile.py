@@ -4,8 +4,11 @@ import functools
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,13 +23,14 @@ import templates
 import train as trainer
 from data import Problem, PromptBuilder
 from model_utils import load_model
-from options import TINY, EvaluationOptions, TrainingOptions
+from options import TINY, EvaluationOptions, TrainingOptions, begin_imports
 from runs import (
     _Output,
     check_output,
     claim_folder,
     default_output,
     give_back,
+    how_to_go_on,
     messages_on_exit,
     open_output,
 )
@@ -48,6 +52,7 @@ def mistake(arguments, capsys) -> str:
 
 @pytest.mark.parametrize("arguments, words", [
     (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
+    (["--instruction", "L\udcf6se {problem}"], "is not in the encoding of this system"),
     (["--delta", "nan"], "--delta must be a finite number, not nan"),
     (["--verify-timeout", "nan"], "--verify-timeout must be a finite number, not nan"),
     (["--advantage-eps", "-1"], "--advantage-eps must be at least 0, not -1"),
@@ -326,6 +331,42 @@ def test_output_without_a_reader_is_dropped():
     assert output.write("one\n") == 4
     print("two", file=output, flush=True)
     stream.close()
+
+
+def test_output_to_a_closed_terminal_or_to_nothing_is_dropped():
+    terminal, process = os.openpty()
+    stream = os.fdopen(process, "w")
+    os.close(terminal)
+    for output in (_Output(stream), _Output(None)):
+        assert output.write("one\n") == 4
+        print("two", file=output, flush=True)
+    stream.close()
+
+
+def test_the_command_that_goes_on_suits_a_shell(tmp_path):
+    assert shlex.split(how_to_go_on(tmp_path / "my run"))[-1] == str(tmp_path / "my run")
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    """Python warns where the encoding of the locale would count."""
+    (tmp_path / "c.yaml").write_text("instruction: Löse {problem}\n", encoding="utf-8")
+    script = """if 1:
+        import sys, options, files
+        from pathlib import Path
+        o = options.parse_training(["c.yaml"])
+        files.replace_file(Path("out.yaml"), f"instruction: {o.instruction}")
+        assert files.read_settings(Path("out.yaml"))["instruction"] == "L\\xf6se {problem}"
+    """
+    latin = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                          "PYTHONPATH": str(TINY.parent)}
+    subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning",
+                    "-c", script], cwd=tmp_path, env=latin, check=True)
+
+
+def test_windows_is_told_what_to_use(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(SystemExit, match="WSL"):
+        begin_imports()
 
 
 def test_a_signal_in_the_first_evaluation_stops_there(tmp_path):

@@ -2,6 +2,7 @@
 processes that share a model; and with what the configurations and docs/gpus.md say."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import train as trainer
 from distributed import wrap_blocks
+from machine import control_group_memory
 from memory import CONTEXT, Plan, bytes_per_slot, choose_recomputation, count_parameters
 from model_utils import ModelConfig, Transformer, load_model, pack, response_logprobs
 from options import EvaluationOptions, OptionParser, TrainingOptions, parse_training, resolve
@@ -111,6 +113,20 @@ print(*found)
 """)
     first, small, large = map(int, run_script("faults.py", root=tmp_path).stdout.split())
     assert first > 20_000 and small < 10_000 and large > 20_000
+
+
+@pytest.mark.parametrize("folder, names, kind", [
+    ("", ("memory.max", "memory.current"), ""),
+    ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_")])
+@pytest.mark.parametrize("limit, room", [("1000", 450), ("600", 50), ("500", 0), ("max", math.inf)])
+def test_a_container_leaves_what_its_limit_says(tmp_path, folder, names, kind, limit, room):
+    """Of 700 bytes in use, 150 are files that the system can drop."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    assert control_group_memory(tmp_path) == math.inf
+    stat = f"anon 550\n{kind}active_file 100\n{kind}inactive_file 50"
+    for name, text in zip((*names, "memory.stat"), (limit, "700", stat), strict=True):
+        (tmp_path / folder / name).write_text(text + "\n")
+    assert control_group_memory(tmp_path) == room
 
 
 class Live(TorchDispatchMode):

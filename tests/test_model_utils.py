@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import random
+import re
 import shutil
 from typing import Any
 
@@ -322,8 +323,21 @@ def test_other_copies_of_the_weights_are_neither_loaded_nor_read(tmp_path, monke
                         lambda path, **patterns: wanted.update(patterns) or tmp_path)
     find_folder("someone/model")
     names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
-    others = ["consolidated.safetensors", "original/model.safetensors", "model.gguf", "README.md"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "model.gguf", "README.md",
+              "adapter_model.safetensors", "model.fp16.safetensors",
+              "model.fp16-00001-of-00002.safetensors"]
     assert list(filter_repo_objects(names + others, **wanted)) == names
+
+
+def test_what_the_hub_says_of_a_model_is_passed_on(monkeypatch):
+    """Its messages have the reason in a later line."""
+    def refuse(path, **patterns):
+        raise OSError("401 Client Error.\n\nCannot access gated repo.\nPlease log in.\nMore.")
+
+    monkeypatch.setattr(hf_folders, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=re.escape(
+            "(OSError: 401 Client Error. Cannot access gated repo. Please log in.)")):
+        find_folder("someone/model")
 
 
 @pytest.mark.parametrize("tied", [False, True])

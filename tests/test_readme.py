@@ -33,6 +33,8 @@ SCRIPTS = sorted([*ROOT.glob("*.py"), ROOT / "tiny/make.py", ROOT / "tests/golde
 # Options that no script declares itself: argparse's, torchrun's and TensorBoard's.
 ELSEWHERE = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
              "--max-restarts", "--shutdown-timeout",
+             # of docker run and hf download
+             "--ipc", "--shm-size", "--local-dir", "--repo-type", "--revision",
              # slime's, in docs/losses.md
              "--calculate-per-token-loss", "--custom-loss-function-path",
              "--custom-reward-post-process-path", "--loss-type", "--use-kl-loss",

@@ -1,6 +1,5 @@
 import argparse
 import json
-import math
 import re
 import sys
 import types
@@ -164,16 +163,6 @@ def after(accuracy, tokens):
              "accuracy": accuracy - i / 10, "low": accuracy - i / 10 - 0.05,
              "high": accuracy - i / 10 + 0.05, "tokens": tokens + i}
             for i, name in enumerate(real.ASKED)]
-
-
-def test_intervals_over_seeds():
-    mean, low, high = real.over_seeds([0.1, 0.2, 0.3])
-    half = 4.303 * 0.1 / 3 ** 0.5
-    assert (mean, low, high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
-    assert math.isnan(real.over_seeds([0.1, 0.2])[1])
-    assert real.over_seeds([0.25] * 5) == (0.25, 0.25, 0.25)
-    assert real.right([0.2, 0.9, 0.7]) == "60.0 (0.0 to 100.0)"
-    assert real.right([0.2, 0.9]) == "55.0"
 
 
 def test_the_report_says_of_how_many_seeds_each_figure_is(tmp_path):

@@ -352,6 +352,39 @@ def test_no_process_is_left_behind(number):
     assert not alive
 
 
+def test_a_worker_serves_where_poll_reports_no_hang_up():
+    """That of macOS does not, where no event is asked for."""
+    code = """if 1:
+        import select, sys, verify
+        poll = select.poll
+
+        class Poll:
+            def __init__(self):
+                self.events = poll()
+
+            def register(self, number, events):
+                if events:
+                    self.events.register(number, events)
+
+            def poll(self, milliseconds):
+                return self.events.poll(milliseconds)
+
+        select.poll = Poll
+        verify._serve(verify.MEMORY_LIMIT)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as worker:
+        word, first = worker.stdout.readline().split()
+        os.kill(int(first), signal.SIGKILL)
+        again, second = worker.stdout.readline().split()
+        assert (word, again) == (b"ready", b"ready") and first != second
+        worker.stdin.write(b'[7, "x+1", "1+x"]\n')
+        worker.stdin.flush()
+        assert worker.stdout.readline() == b"7 True\n"
+        worker.stdin.close()
+        assert worker.wait(10) == 0
+
+
 def test_torchrun_shares_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     assert verify.default_workers() == 4

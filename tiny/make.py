@@ -167,7 +167,7 @@ def accuracy(model: Transformer, builder: PromptBuilder, problems, demonstration
 
 
 def write_jsonl(path: Path, problems: list[Problem], experts: bool = False) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for i, p in enumerate(problems):
             row = {"id": f"{path.stem}-{i}", "problem": p.problem, "answer": p.answer,
                    "solution": p.solution}

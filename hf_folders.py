@@ -31,8 +31,8 @@ def find_folder(path: str, weights: bool = True) -> Path:
     try:
         # Some repositories hold the weights once more, in another form or type or in subfolders.
         return Path(snapshot_download(path, ignore_patterns=["*/*", "consolidated*", "adapter_*",
-                                                             "model.*.safetensors",
-                                                             "model.*-of-*"],
+                                                             "model.[!s]*.safetensors",
+                                                             "model.[!s]*-of-*"],
                                       allow_patterns=["*.json", "*.jinja", "*.txt", "*.model",
                                                       *["*.safetensors"] * weights]))
     except Exception as error:

@@ -236,7 +236,7 @@ def control_group_memory(root: Path = Path("/sys/fs/cgroup")) -> float:
     for folder, limit, used, kind in (version_2, version_1):
         with contextlib.suppress(OSError, ValueError):   # ValueError: the limit is "max"
             held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            files = int(held[f"{kind}active_file"]) + int(held[f"{kind}inactive_file"])
+            files = sum(int(held.get(f"{kind}{each}_file", 0)) for each in ("active", "inactive"))
             room = int((folder / limit).read_text()) - int((folder / used).read_text())
             return max(room + files, 0)
     return math.inf

@@ -214,8 +214,9 @@ def check_ranges(options) -> None:
         for value in values if isinstance(values, list) else [values]:
             # Python keeps bytes of the command line that its encoding lacks as surrogates.
             require(not isinstance(value, str) or not re.search("[\ud800-\udfff]", value),
-                    f"{flag(name)} {ascii(value)} is not in the encoding of this system, "
-                    f"{sys.getfilesystemencoding()}; start Python with PYTHONUTF8=1")
+                    f"{flag(name)} {ascii(value)} holds what is no text in "
+                    f"{sys.getfilesystemencoding()}, the encoding of this system"
+                    + "; set PYTHONUTF8=1" * (sys.getfilesystemencoding() != "utf-8"))
             require(not isinstance(value, float) or math.isfinite(value),
                     f"{flag(name)} must be a finite number, not {value}")
             require(limits is None or value is None or limits.holds(value),

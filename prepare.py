@@ -33,6 +33,7 @@ from distributed import (
     init_distributed,
     is_main,
     learning_rate,
+    leave,
     on_main,
     shard,
     world_size,
@@ -259,6 +260,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     if o.dry_run:
         if is_main():
             say_dry_run(plan, builder, problems, demonstrations, most, size)
+        leave()
         sys.exit()
 
     dtype: torch.dtype = getattr(torch, o.dtype)

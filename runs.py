@@ -107,8 +107,9 @@ def claim_folder(options: TrainingOptions) -> Claim:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether it holds nothing but what a start that was killed may leave."""
-    return all(file.name == ".config.yaml.partial" for file in folder.iterdir())
+    """Whether it holds nothing but what a start that was killed, or an evaluation, may leave."""
+    left = re.compile(r"\.config\.yaml\.partial|\..*\.lock")
+    return all(left.fullmatch(file.name) for file in folder.iterdir())
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:
@@ -202,13 +203,13 @@ def discard(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(path: Path, busy: str, flags: int = os.O_RDONLY) -> int | None:
+def _lock(path: Path, busy: str, flags: int = 0) -> int | None:
     """Holds the file or folder until this process ends or closes the lock, which it returns.
 
     Returns None where the file system has no locks. Raises InUse, which says `busy`, if another
     process holds it.
     """
-    lock = os.open(path, flags, 0o666)
+    lock = os.open(path, os.O_RDONLY | flags, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -224,14 +225,19 @@ _held: dict[Path, int | None] = {}   # by the samples' file; held until this pro
 
 
 def _hold(output: Path) -> None:
-    """Keeps other evaluations from this file of samples. Raises InUse if one writes there.
+    """Keeps other evaluations from this file of samples. Raises ValueError if it cannot.
 
     The lock is on a file of its own, because the samples' file is replaced.
     """
     if output not in _held:
-        _held[output] = _lock(output.with_name(f".{output.name}.lock"),
-                              f"{output} is in use: another evaluation is writing there now",
-                              os.O_RDWR | os.O_CREAT)
+        file = output.with_name(f".{output.name}.lock")
+        try:
+            _held[output] = _lock(
+                file, f"{output} is in use: another evaluation is writing there now",
+                os.O_CREAT | os.O_NOFOLLOW)
+        except OSError as error:
+            raise ValueError(f"{file}, the lock, cannot be opened ({error.strerror}): give another "
+                             f"--output") from None
 
 
 def write_settings(folder: Path, options: TrainingOptions, steps: int) -> None:
@@ -520,7 +526,7 @@ class _Output:
     """
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")   # noqa: SIM115
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")   # noqa: SIM115
 
     def write(self, text: str) -> int:
         try:

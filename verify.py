@@ -242,7 +242,8 @@ def _serve(memory_limit: int) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         os.close(here)
-        if here not in gone or sys.stdin.fileno() in gone or status == 0:   # 0: stdin has ended
+        # The child ends with 0 when stdin has ended.
+        if sys.stdin.fileno() in gone or status == 0 or os.getppid() != trainer:
             return
 
 

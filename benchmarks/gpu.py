@@ -327,7 +327,7 @@ def main(arguments: list[str], run: Callable[[str, Options], list[Figure]] = run
                f"{torch.version.cuda}")
     minutes = (time.perf_counter() - started) / 60
     text = table(figures, f"{machine}, {time.strftime('%Y-%m-%d')}, {minutes:.1f} minutes")
-    Path(f"{options.output}.md").write_text(text)
+    Path(f"{options.output}.md").write_text(text, encoding="utf-8")
     Path(f"{options.output}.json").write_text(json.dumps(
         {"machine": machine, "date": time.strftime("%Y-%m-%d"), "minutes": minutes,
          "figures": [each._asdict() | {"met": each.met} for each in figures]}, indent=1) + "\n")

@@ -345,7 +345,7 @@ def report(o) -> None:
                                named("GRPO", folders.get("GRPO", {})))]
         lines += ["", "## In training", "", "Means over the first quarter of the steps → over the "
                   "last quarter.", "", *training_table(of_runs)]
-    (o.output_dir / "results.md").write_text("\n".join(lines) + "\n")
+    (o.output_dir / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def main() -> None:
             with tqdm(total=len(tasks), unit="task") as bar:
                 failed = await_runs(tasks, bar)
     report(o)
-    print((o.output_dir / "results.md").read_text())
+    print((o.output_dir / "results.md").read_text(encoding="utf-8"))
     print(f"results and pictures: {o.output_dir}")
     end_with_failures(failed, len(tasks))
 

@@ -240,7 +240,7 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
             lines += ["", f"### {title}", "", *table_of(swept), "",
                       *differences(swept, "ICPO†", MEASURES)]
             draw_bars(swept, DRAWN, title, o.output_dir / f"{setting}-sweep.png")
-    (o.output_dir / "results.md").write_text("\n".join(lines) + "\n")
+    (o.output_dir / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(f"\nresults and pictures: {o.output_dir}")
 

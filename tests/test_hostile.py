@@ -52,7 +52,7 @@ def mistake(arguments, capsys) -> str:
 
 @pytest.mark.parametrize("arguments, words", [
     (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
-    (["--instruction", "L\udcf6se {problem}"], "is not in the encoding of this system"),
+    (["--instruction", "L\udcf6se {problem}"], "holds what is no text in utf-8"),
     (["--delta", "nan"], "--delta must be a finite number, not nan"),
     (["--verify-timeout", "nan"], "--verify-timeout must be a finite number, not nan"),
     (["--advantage-eps", "-1"], "--advantage-eps must be at least 0, not -1"),

@@ -322,7 +322,9 @@ def test_other_copies_of_the_weights_are_neither_loaded_nor_read(tmp_path, monke
     monkeypatch.setattr(hf_folders, "snapshot_download",
                         lambda path, **patterns: wanted.update(patterns) or tmp_path)
     find_folder("someone/model")
-    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors",
+             "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+             "model.safetensors-00001-of-00002.safetensors"]
     others = ["consolidated.safetensors", "original/model.safetensors", "model.gguf", "README.md",
               "adapter_model.safetensors", "model.fp16.safetensors",
               "model.fp16-00001-of-00002.safetensors"]

@@ -352,27 +352,32 @@ def test_no_process_is_left_behind(number):
     assert not alive
 
 
-def test_a_worker_serves_where_poll_reports_no_hang_up():
+NO_HANG_UP = """
+import select, sys
+poll = select.poll
+
+class Poll:
+    def __init__(self):
+        self.events = poll()
+
+    def register(self, number, events):
+        if events:
+            self.events.register(number, events)
+
+    def poll(self, milliseconds):
+        return self.events.poll(milliseconds)
+
+select.poll = Poll
+sys.path.insert(0, {root!r})
+import verify
+verify._serve(verify.MEMORY_LIMIT)
+"""
+
+
+def test_a_worker_serves_where_poll_reports_no_hang_up(tmp_path):
     """That of macOS does not, where no event is asked for."""
-    code = """if 1:
-        import select, sys, verify
-        poll = select.poll
-
-        class Poll:
-            def __init__(self):
-                self.events = poll()
-
-            def register(self, number, events):
-                if events:
-                    self.events.register(number, events)
-
-            def poll(self, milliseconds):
-                return self.events.poll(milliseconds)
-
-        select.poll = Poll
-        verify._serve(verify.MEMORY_LIMIT)
-    """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+    (tmp_path / "worker.py").write_text(NO_HANG_UP.format(root=str(ROOT)))
+    with subprocess.Popen([sys.executable, tmp_path / "worker.py"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as worker:
         word, first = worker.stdout.readline().split()
         os.kill(int(first), signal.SIGKILL)
@@ -383,6 +388,28 @@ def test_a_worker_serves_where_poll_reports_no_hang_up():
         assert worker.stdout.readline() == b"7 True\n"
         worker.stdin.close()
         assert worker.wait(10) == 0
+
+
+def test_a_worker_without_hang_up_ends_when_its_trainer_is_killed(tmp_path):
+    """Its child is busy then, and every later child could not even say that it is ready."""
+    (tmp_path / "worker.py").write_text(NO_HANG_UP.format(root=str(ROOT)))
+    (tmp_path / "trainer.py").write_text(f"""
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, {str(tmp_path / "worker.py")!r}],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+worker.stdout.readline()
+worker.stdin.write(b'[1, "9^{{9^{{9^{{9^{{9}}}}}}}}", "3"]\\n')
+worker.stdin.flush()
+print(worker.pid, flush=True)
+time.sleep(60)
+""")
+    trainer = subprocess.Popen([sys.executable, tmp_path / "trainer.py"], stdout=subprocess.PIPE)
+    worker = psutil.Process(int(trainer.stdout.readline()))
+    family = [worker, *worker.children()]
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert len(family) == 2 and not alive
 
 
 def test_torchrun_shares_the_cores(monkeypatch):

@@ -390,15 +390,18 @@ def test_a_worker_serves_where_poll_reports_no_hang_up(tmp_path):
         assert worker.wait(10) == 0
 
 
-def test_a_worker_without_hang_up_ends_when_its_trainer_is_killed(tmp_path):
-    """Its child is busy then, and every later child could not even say that it is ready."""
-    (tmp_path / "worker.py").write_text(NO_HANG_UP.format(root=str(ROOT)))
+@pytest.mark.parametrize("seconds", [0.4, 60])
+def test_a_worker_without_hang_up_ends_when_its_trainer_is_killed(tmp_path, seconds):
+    """A comparison takes so long. No later child could even say that it is ready."""
+    slow = f"import answers, time\nanswers.equal = lambda *pair: time.sleep({seconds})\n"
+    (tmp_path / "worker.py").write_text(NO_HANG_UP.format(root=str(ROOT)).replace(
+        "import verify\n", f"import verify\n{slow}"))
     (tmp_path / "trainer.py").write_text(f"""
 import subprocess, sys, time
 worker = subprocess.Popen([sys.executable, {str(tmp_path / "worker.py")!r}],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 worker.stdout.readline()
-worker.stdin.write(b'[1, "9^{{9^{{9^{{9^{{9}}}}}}}}", "3"]\\n')
+worker.stdin.write(b'[1, "2", "3"]\\n')
 worker.stdin.flush()
 print(worker.pid, flush=True)
 time.sleep(60)
@@ -409,6 +412,7 @@ time.sleep(60)
     trainer.kill()
     trainer.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
+    [process.kill() for process in alive]
     assert len(family) == 2 and not alive
 
 

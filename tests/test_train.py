@@ -405,7 +405,7 @@ def test_a_start_that_was_killed_is_no_run_of_another(tmp_path):
 
 def test_a_disk_that_is_full_at_the_start_is_a_message_and_leaves_no_folder(
         tmp_path, monkeypatch, capsys):
-    def full(path, text):
+    def full(path, text, encoding):
         path.write_bytes(text.encode()[:9])
         raise OSError(28, "No space left on device", str(path))
 

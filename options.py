@@ -159,10 +159,10 @@ def did_you_mean(word: str, options, prefix: str = "") -> str:
 
 
 def begin_imports() -> None:
-    """Switches garbage collection off until runs.begin_program, and at exit; Ctrl-C ends in a word,
-    and so does a start on Windows, which lacks fork and file locks.
+    """Switches garbage collection off until runs.begin_program, and at exit.
 
-    The imports make many objects and no garbage; at exit Python would search them all for it.
+    It also makes Ctrl-C end in a word, and ends the program on Windows, which lacks fork and file
+    locks. The imports make many objects and no garbage, which Python would search at exit.
     """
     if os.name == "nt":
         sys.exit("Windows is not supported; WSL, the Linux system in Windows, is")

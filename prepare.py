@@ -260,7 +260,7 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     if o.dry_run:
         if is_main():
             say_dry_run(plan, builder, problems, demonstrations, most, size)
-        leave()
+        leave()   # several processes end here
         sys.exit()
 
     dtype: torch.dtype = getattr(torch, o.dtype)

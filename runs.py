@@ -108,8 +108,8 @@ def claim_folder(options: TrainingOptions) -> Claim:
 
 def _is_empty(folder: Path) -> bool:
     """Whether it holds nothing but what a start that was killed, or an evaluation, may leave."""
-    left = re.compile(r"\.config\.yaml\.partial|\..*\.lock")
-    return all(left.fullmatch(file.name) for file in folder.iterdir())
+    return all(file.match(".config.yaml.partial") or file.match(".*.lock")
+               for file in folder.iterdir())
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _lock(path: Path, busy: str, flags: int = 0) -> int | None:
     return lock
 
 
-_held: dict[Path, int | None] = {}   # by the samples' file; held until this process ends
+_held: dict[Path, int | None] = {}   # locks of evaluations, by their file of samples
 
 
 def _hold(output: Path) -> None:

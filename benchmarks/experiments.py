@@ -181,7 +181,7 @@ def shown(mean: float, low: float, high: float) -> str:
 def right(shares: list[float]) -> str:
     """Returns the text of the mean of shares over seeds, with its interval cut at 0 and 100 %."""
     mean, low, high = over_seeds(shares)
-    return shown(mean, *(min(max(end, 0.0), 1.0) if end == end else end for end in (low, high)))
+    return shown(mean, *np.clip([low, high], 0.0, 1.0))
 
 
 def differences(results: Results, baseline: str, measures: dict[str, str]) -> list[str]:

@@ -375,7 +375,7 @@ verify._serve(verify.MEMORY_LIMIT)
 
 
 def test_a_worker_serves_where_poll_reports_no_hang_up(tmp_path):
-    """That of macOS does not, where no event is asked for."""
+    """The poll of macOS reports no closed pipe where no event is asked for."""
     (tmp_path / "worker.py").write_text(NO_HANG_UP.format(root=str(ROOT)))
     with subprocess.Popen([sys.executable, tmp_path / "worker.py"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as worker:
@@ -392,7 +392,7 @@ def test_a_worker_serves_where_poll_reports_no_hang_up(tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.4, 60])
 def test_a_worker_without_hang_up_ends_when_its_trainer_is_killed(tmp_path, seconds):
-    """A comparison takes so long. No later child could even say that it is ready."""
+    """A comparison takes so many seconds. No later child could say that it is ready."""
     slow = f"import answers, time\nanswers.equal = lambda *pair: time.sleep({seconds})\n"
     (tmp_path / "worker.py").write_text(NO_HANG_UP.format(root=str(ROOT)).replace(
         "import verify\n", f"import verify\n{slow}"))

@@ -185,25 +185,26 @@ def right(shares: list[float]) -> str:
 
 
 def differences(results: Results, baseline: str, measures: dict[str, str]) -> list[str]:
-    """Returns a line per system that says how it differs from the baseline, with runs paired by
-    seed. measures: those to compare, with their names in the text."""
-    lines = []
+    """Returns the lines of a Markdown table with a row per system, the points by which it is above
+    the baseline, with runs paired by seed. Bold ones have an interval without 0; there are no lines
+    where there is no other system. measures: those to compare, with their names in the text."""
+    lines = [f"| points above {baseline} | " + " | ".join(measures.values()) + " |",
+             "|---" * (1 + len(measures)) + "|"]
     for name, runs in results.items():
-        if runs is not results[baseline] and "the runs of" not in name:
-            parts = []
-            for measure, text in measures.items():
-                seeds = sorted(runs.keys() & results[baseline].keys())
-                if not seeds:
-                    parts.append(f"{text} no seed in common")
-                    continue
-                mean, low, high = over_seeds([runs[seed][measure] - results[baseline][seed][measure]
-                                              for seed in seeds])
-                word = ("too few seeds" if np.isnan(low) else
-                        "higher" if low > 0 else "lower" if high < 0 else "not told apart")
-                span = "" if np.isnan(low) else f", {100 * low:+.1f} to {100 * high:+.1f}"
-                parts.append(f"{text} {word} ({100 * mean:+.1f} points{span})")
-            lines.append(f"- {name} against {baseline}: " + "; ".join(parts) + ".")
-    return lines
+        seeds = sorted(runs.keys() & results[baseline].keys())
+        if name != baseline and "the runs of" not in name:
+            cells = [_difference([runs[seed][measure] - results[baseline][seed][measure]
+                                  for seed in seeds]) for measure in measures]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def _difference(values: list[float]) -> str:
+    if not values:
+        return "no seed in common"
+    mean, low, high = (100 * value for value in over_seeds(values))
+    text = f"{mean:+.1f}" + f" ({low:+.1f} to {high:+.1f})" * bool(low == low)
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def tokens_until(folder: Path) -> dict[int, float]:
@@ -217,8 +218,8 @@ def tokens_until(folder: Path) -> dict[int, float]:
 
 def draw_tokens(runs: dict[str, list[Path]], output: Path, baseline: str = "GRPO") -> list[str]:
     """Draws held-out accuracy against the tokens sampled in training, means over seeds, and returns
-    a line per system: tokens in all, and until it reaches the accuracy that GRPO, here named
-    `baseline`, has at the end."""
+    the lines of a Markdown table: a system's tokens in all, and until it reaches the accuracy that
+    GRPO, here named `baseline`, has at the end."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     curves = {}
     for number, (name, folders) in enumerate(runs.items()):
@@ -235,12 +236,12 @@ def draw_tokens(runs: dict[str, list[Path]], output: Path, baseline: str = "GRPO
     figure.savefig(output, dpi=110)
     plt.close(figure)
     goal = curves[baseline][-1][1] if baseline in curves else None
-    lines = []
+    lines = ["| system | thousand tokens sampled | thousand until an evaluation first reaches "
+             "GRPO's last |", "|---|---|---|"]
     for name, curve in curves.items():
-        line = f"- {name}: {1e-3 * curve[-1][0]:,.0f} thousand tokens sampled"
-        reached = next((x for x, y in curve if goal is not None and y >= goal), None)
-        lines.append(line + (f", {1e-3 * reached:,.0f} thousand until the evaluation that first "
-                             f"reaches GRPO's accuracy at the end" if reached is not None else ""))
+        reached = "–" if goal is None else next(
+            (f"{1e-3 * x:,.0f}" for x, y in curve if y >= goal), "not reached")
+        lines.append(f"| {name} | {1e-3 * curve[-1][0]:,.0f} | {reached} |")
     return lines
 
 

@@ -317,7 +317,8 @@ def report(o) -> None:
     hours = sum(float(line) for file in clocks if file.is_file()
                 for line in file.read_text().split()) / 3600
     lines = [f"# The task {task} with a real model", "", f"`{json.dumps(o.settings)}`", "",
-             "Intervals hold 95 %.", "", "## The model before training", "", *screening_table(o),
+             "Intervals hold 95 %. Differences are seed by seed; bold ones have an interval "
+             "without 0.", "", "## The model before training", "", *screening_table(o),
              "", "## After training", "",
              f"Answers without demonstrations. Intervals are Student's over seeds, none for "
              f"fewer than three; of the untrained model over problems. "

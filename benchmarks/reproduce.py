@@ -199,7 +199,8 @@ def main() -> None:
 def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) -> None:
     """Writes and prints results.md and draws the pictures of the finished runs."""
     lines = [f"Seeds: {o.seeds}, steps: {o.steps}; mean over seeds (Student's 95 % interval), in "
-             f"per cent. This call took {seconds:,.0f} s."]
+             f"per cent. Differences are seed by seed; bold ones have an interval without 0. This "
+             f"call took {seconds:,.0f} s."]
     for setting in o.settings:
         done = {}
         for job in jobs:
@@ -226,8 +227,10 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         pilot = rows_of(o.output_dir / setting / "pilot.json", "comparison")
         lines += [*(f"- {each['verdict']}".replace(f"{o.output_dir}/", "") for each in pilot), ""]
         lines += table_of(table, paper=True)
+        others = dict(table)   # Each pair is compared once.
         for baseline in ("GRPO", "ICPO", "ICPO†"):
-            lines += ["", *differences(table, baseline, MEASURES)] if baseline in table else []
+            lines += ["", *differences(others, baseline, MEASURES)] if baseline in table else []
+            others.pop(baseline, None)
         draw_groups({name: [read_metrics(folder) for folder in done[name].values()]
                      for name in systems if name in done}, PANELS,
                     o.output_dir / f"{setting}-curves.png")

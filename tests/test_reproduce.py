@@ -22,9 +22,12 @@ def test_intervals_and_words_follow_from_the_runs():
     results = {"GRPO": runs(0.1, 0.2, 0.3, 0.4, 0.5), "better": runs(0.2, 0.3, 0.4, 0.5, 0.6),
                "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1),
                "few": runs(0.9, 0.9)}
-    words = [line.split("accuracy at the end ")[1].split(" (")[0]
-             for line in experiments.differences(results, "GRPO", reproduce.MEASURES)]
-    assert words == ["higher", "lower", "not told apart", "too few seeds"]
+    head, _, *rows = experiments.differences(results, "GRPO", {"end": "at the end"})
+    assert head == "| points above GRPO | at the end |"
+    assert rows == ["| better | **+10.0 (+10.0 to +10.0)** |",
+                    "| worse | **-10.0 (-10.0 to -10.0)** |", "| other | +0.0 (-39.3 to +39.3) |",
+                    "| few | +75.0 |"]
+    assert experiments.differences({"GRPO": results["GRPO"]}, "GRPO", {"end": "at the end"}) == []
     assert reproduce.table_of(results)[2].startswith("| GRPO | 30.0 (")
     # A single run has no interval.
     single = reproduce.table_of({"GRPO": runs(0.25)}, paper=True)[2]
@@ -103,20 +106,18 @@ def report_of(tmp_path, seeds):
     return (tmp_path / "results.md").read_text()
 
 
-@pytest.mark.parametrize("seeds, row, words", [
-    (2, "| GRPO | 55.0 | 55.0 | 10.0 | 0.0 | 62.37 |",
-     "ICPO against GRPO: accuracy at the end too few seeds (+0.0 points);"),
-    (6, "| GRPO | 75.0 (", "ICPO against GRPO: accuracy at the end not told apart "
-                           "(+0.0 points, +0.0 to +0.0);")])
-def test_the_report_names_missing_runs_and_draws_the_others(tmp_path, seeds, row, words):
+@pytest.mark.parametrize("seeds, row, difference", [
+    (2, "| GRPO | 55.0 | 55.0 | 10.0 | 0.0 | 62.37 |", "| ICPO | +0.0 | +0.0 | +0.0 | +0.0 |"),
+    (6, "| GRPO | 75.0 (", "| ICPO | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |")])
+def test_the_report_names_missing_runs_and_draws_the_others(tmp_path, seeds, row, difference):
     text = report_of(tmp_path, seeds)
     assert ("The model before training: 0 shots: 14.5% right, 0.0% worked out; "
             "1 shot: 77.3% right, 100.0% worked out.\n") in text
-    assert row in text and words in text and f"Not done: ICPO, seed {seeds - 1}." in text
+    assert row in text and difference in text and f"Not done: ICPO, seed {seeds - 1}." in text
     done = 2 * seeds - 1
     assert f"{done} runs, and the making of the model: {10 * done + 1} s" in text
-    assert ("- GRPO: 2 thousand tokens sampled, 2 thousand until the evaluation that first reaches "
-            "GRPO's accuracy at the end\n- ICPO: 5 thousand tokens sampled") in text
+    assert text.count("points above") == 1   # each pair once
+    assert "| GRPO | 2 | 2 |\n| ICPO | 5 | " in text
     for name in ("curves", "systems", "tokens"):
         assert (tmp_path / f"rare-{name}.png").stat().st_size > 10_000
 

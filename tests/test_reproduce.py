@@ -134,7 +134,7 @@ def test_pictures_and_results_name_the_systems_alike():
         tables = [re.findall(r"^\| ([^|]+) \| \d.* \| ([^|]+) \|$", table, re.M)
                   for table in part.split("### The choices")]
         names = [name.split(" (")[0] for name, _ in tables[0]]
-        assert names == [*reproduce.SYSTEMS, *reproduce.SAME]
+        assert names == [*reproduce.SYSTEMS, *reproduce.SPARING, *reproduce.SAME]
         assert [figure for _, figure in tables[0]] == [
             str(reproduce.PAPER.get(name, "–")) for name in names]
         assert [name for name, _ in tables[1]] == ["ICPO†", *reproduce.CHOICES]

@@ -186,8 +186,11 @@ def right(shares: list[float]) -> str:
 
 def differences(results: Results, baseline: str, measures: dict[str, str]) -> list[str]:
     """Returns the lines of a Markdown table with a row per system, the points by which it is above
-    the baseline, with runs paired by seed. Bold ones have an interval without 0; there are no lines
-    where there is no other system. measures: those to compare, with their names in the text."""
+    the baseline, with runs paired by seed. Bold ones have an interval without 0. There are no lines
+    without the baseline or another system. measures: those to compare, with their names in the
+    text."""
+    if baseline not in results:   # as where all its runs have failed
+        return []
     lines = [f"| points above {baseline} | " + " | ".join(measures.values()) + " |",
              "|---" * (1 + len(measures)) + "|"]
     for name, runs in results.items():

@@ -338,8 +338,7 @@ def report(o) -> None:
         lines += ["", "## Held-out accuracy in training", "", *progress_table(of_runs)]
         ends = {name: {seed: {"end": rows[-1]["eval_accuracy"]} for seed, rows in runs.items()}
                 for name, runs in metrics.items()}
-        if "GRPO" in ends:
-            lines += ["", *differences(ends, "GRPO", {"end": "after the last step"})]
+        lines += ["", *differences(ends, "GRPO", {"end": "after the last step"})]
         lines += ["", "## Tokens sampled in training", "",
                   *draw_tokens({named(name, runs): list(runs.values())
                                 for name, runs in folders.items()}, o.output_dir / "tokens.png",

@@ -151,7 +151,8 @@ def main() -> None:
         help="settings to run (default: both)")
     add("--systems", nargs="+", choices=SYSTEMS | SPARING, default=list(SYSTEMS),
         help="systems to train (default: those of the paper)")
-    add("--sweep", action="store_true", help="also train with choices that the paper leaves open")
+    add("--sweep", action="store_true", help="also train with choices that the paper leaves open, "
+        "and ICPO†, which they vary")
     add("--seeds", type=int, help="runs of each system (default: 5, with --quick 1)")
     add("--steps", type=int, help="training steps of each run (default: 60, with --quick 5)")
     add("--model-steps", type=int, help="optimiser steps that make a setting's model (default: "
@@ -174,8 +175,9 @@ def main() -> None:
         if not (o.output_dir / f"{name}.jsonl").is_file():
             write_jsonl(o.output_dir / f"{name}.jsonl",
                         make_problems(Random(f"{name} problems"), 256, terms, set()))
-    systems = {name: (SYSTEMS | SPARING)[name] for name in o.systems}
     variants = CHOICES if o.sweep or o.quick else {}
+    names = dict.fromkeys(o.systems + ["ICPO†"] * bool(variants))   # the choices vary ICPO†
+    systems = {name: (SYSTEMS | SPARING)[name] for name in names}
     jobs = [Job(setting, name, seed, options,
                 o.output_dir / setting / "runs" / f"{name.replace(' ', '_')}-seed{seed}")
             for seed in range(o.seeds) for setting in o.settings
@@ -229,7 +231,7 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         lines += table_of(table, paper=True)
         others = dict(table)   # Each pair is compared once.
         for baseline in ("GRPO", "ICPO", "ICPO†"):
-            lines += ["", *differences(others, baseline, MEASURES)] if baseline in table else []
+            lines += ["", *differences(others, baseline, MEASURES)]
             others.pop(baseline, None)
         draw_groups({name: [read_metrics(folder) for folder in done[name].values()]
                      for name in systems if name in done}, PANELS,

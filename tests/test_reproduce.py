@@ -18,7 +18,7 @@ def runs(*values):
     return {seed: dict.fromkeys(reproduce.MEASURES, value) for seed, value in enumerate(values)}
 
 
-def test_intervals_and_words_follow_from_the_runs():
+def test_intervals_and_differences_follow_from_the_runs():
     results = {"GRPO": runs(0.1, 0.2, 0.3, 0.4, 0.5), "better": runs(0.2, 0.3, 0.4, 0.5, 0.6),
                "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1),
                "few": runs(0.9, 0.9)}

@@ -99,7 +99,7 @@ def draw_groups(groups: dict[str, list[list[dict]]], panels: list[tuple[str, str
             if not steps:
                 continue
             columns = [[line[step] for line in lines] for step in steps]
-            label += f", {len(group)} seeds" if len(group) > 1 else ""
+            label += f", {len(group)} runs" if len(group) > 1 else ""
             axis.plot(steps, [sum(column) / len(column) for column in columns], linestyle=style,
                       color=colour, label=label, marker="o" if len(steps) < 25 else None,
                       markersize=3)

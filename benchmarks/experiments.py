@@ -185,13 +185,13 @@ def right(shares: list[float]) -> str:
 
 
 def differences(results: Results, baseline: str, measures: dict[str, str]) -> list[str]:
-    """Returns the lines of a Markdown table with a row per system, the points by which it is above
-    the baseline, with runs paired by seed. Bold ones have an interval without 0. There are no lines
-    without the baseline or another system. measures: those to compare, with their names in the
-    text."""
+    """Returns an empty line and those of a Markdown table with a row per system, the points by
+    which it is above the baseline, with runs paired by seed. Bold ones have an interval without 0.
+    There are no lines without the baseline or another system. measures: those to compare, with
+    their names in the text."""
     if baseline not in results:   # as where all its runs have failed
         return []
-    lines = [f"| points above {baseline} | " + " | ".join(measures.values()) + " |",
+    lines = ["", f"| points above {baseline} | " + " | ".join(measures.values()) + " |",
              "|---" * (1 + len(measures)) + "|"]
     for name, runs in results.items():
         seeds = sorted(runs.keys() & results[baseline].keys())
@@ -199,7 +199,7 @@ def differences(results: Results, baseline: str, measures: dict[str, str]) -> li
             cells = [_difference([runs[seed][measure] - results[baseline][seed][measure]
                                   for seed in seeds]) for measure in measures]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines if len(lines) > 2 else []
+    return lines if len(lines) > 3 else []
 
 
 def _difference(values: list[float]) -> str:

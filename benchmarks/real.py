@@ -330,7 +330,7 @@ def report(o) -> None:
                                        for seed, sets in runs.items()}
                    for name, runs in done.items()}
         if "GRPO" in done:
-            lines += ["", *differences(results, named("GRPO", done["GRPO"]), asked)]
+            lines += differences(results, named("GRPO", done["GRPO"]), asked)
         draw_bars(results, asked, "After training", o.output_dir / "systems.png")
     if metrics:
         of_runs = {name: list(runs.values()) for name, runs in metrics.items()}
@@ -338,7 +338,7 @@ def report(o) -> None:
         lines += ["", "## Held-out accuracy in training", "", *progress_table(of_runs)]
         ends = {name: {seed: {"end": rows[-1]["eval_accuracy"]} for seed, rows in runs.items()}
                 for name, runs in metrics.items()}
-        lines += ["", *differences(ends, "GRPO", {"end": "after the last step"})]
+        lines += differences(ends, "GRPO", {"end": "after the last step"})
         lines += ["", "## Tokens sampled in training", "",
                   *draw_tokens({named(name, runs): list(runs.values())
                                 for name, runs in folders.items()}, o.output_dir / "tokens.png",

@@ -231,7 +231,7 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         lines += table_of(table, paper=True)
         others = dict(table)   # Each pair is compared once.
         for baseline in ("GRPO", "ICPO", "ICPO†"):
-            lines += ["", *differences(others, baseline, MEASURES)]
+            lines += differences(others, baseline, MEASURES)
             others.pop(baseline, None)
         draw_groups({name: [read_metrics(folder) for folder in done[name].values()]
                      for name in systems if name in done}, PANELS,
@@ -242,7 +242,7 @@ def report(o, systems: dict, variants: dict, jobs: list[Job], seconds: float) ->
         swept = {name: results[name] for name in ("ICPO†", *variants) if name in results}
         if len(swept) > 1:
             title = f"Choices in '{setting}', with ICPO† where no other is named"
-            lines += ["", f"### {title}", "", *table_of(swept), "",
+            lines += ["", f"### {title}", "", *table_of(swept),
                       *differences(swept, "ICPO†", MEASURES)]
             draw_bars(swept, DRAWN, title, o.output_dir / f"{setting}-sweep.png")
     (o.output_dir / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

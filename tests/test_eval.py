@@ -443,7 +443,7 @@ def test_curves_keep_systems_apart_that_have_the_same_method(tmp_path, monkeypat
     assert len(drawn(monkeypatch, curves, [tmp_path / name for name in "45"],
                      tmp_path / "out.png")[1]) == 2
     assert names == [f"ICPO {each}" for each in (
-        "--errs true --bonus-steps 0, 2 seeds", "--errs true --bonus-steps 20",
+        "--errs true --bonus-steps 0, 2 runs", "--errs true --bonus-steps 20",
         "--errs false --bonus-steps 0")]
     low, high = figure.axes[1].get_ylim()
     assert low < -1.5 < high

@@ -22,8 +22,8 @@ def test_intervals_and_differences_follow_from_the_runs():
     results = {"GRPO": runs(0.1, 0.2, 0.3, 0.4, 0.5), "better": runs(0.2, 0.3, 0.4, 0.5, 0.6),
                "worse": runs(0.0, 0.1, 0.2, 0.3, 0.4), "other": runs(0.5, 0.4, 0.3, 0.2, 0.1),
                "few": runs(0.9, 0.9)}
-    head, _, *rows = experiments.differences(results, "GRPO", {"end": "at the end"})
-    assert head == "| points above GRPO | at the end |"
+    empty, head, _, *rows = experiments.differences(results, "GRPO", {"end": "at the end"})
+    assert [empty, head] == ["", "| points above GRPO | at the end |"]
     assert rows == ["| better | **+10.0 (+10.0 to +10.0)** |",
                     "| worse | **-10.0 (-10.0 to -10.0)** |", "| other | +0.0 (-39.3 to +39.3) |",
                     "| few | +75.0 |"]

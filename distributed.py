@@ -194,14 +194,39 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Every process gets the same number of parts, because each part is a collective of FSDP; the last
     ones of a process may be empty.
     """
+    return _padded(_consecutive(range(len(lengths)), lengths, budget))
+
+
+def _consecutive(rows: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     parts, room = [], 0
-    for i, length in enumerate(lengths):
-        if not parts or length > room:
+    for i in rows:
+        if not parts or lengths[i] > room:
             parts.append([])
             room = budget
         parts[-1].append(i)
-        room -= length
+        room -= lengths[i]
+    return parts
+
+
+def _padded(parts: list[list[int]]) -> list[list[int]]:
+    """The parts, and empty ones up to the largest number of parts of any process."""
     return parts + [[]] * (max(gather_objects(len(parts))) - len(parts))
+
+
+def update_parts(lengths: Sequence[int], learn: torch.Tensor,
+                 budget: int) -> list[tuple[list[int], bool]]:
+    """The micro-batches of an update: the rows of each, and whether they learn.
+
+    lengths: tokens of each row. learn: [B] bool, the rows that have a gradient. The others are in
+    micro-batches of their own, which come first, because FSDP ends an update with a backward pass.
+    So the last micro-batch learns even if no row does. Where another process has more micro-batches
+    that learn, some of the others, whose gradient is 0, take the place of empty ones.
+    """
+    still, learning = (_consecutive((learn == flag).nonzero()[:, 0].tolist(), lengths, budget)
+                       for flag in (False, True))
+    free = max(gather_objects(len(learning))) - len(learning)
+    learning, still = _padded(learning + still[:free]), _padded(still[free:])
+    return [(rows, False) for rows in still] + [(rows, True) for rows in learning or [[]]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,11 +312,12 @@ def _empty_like(model: "Transformer", dtype: torch.dtype) -> "Transformer":
 
 
 def passes(model: "Transformer", parts: list, weights_stay: bool) -> Iterator:
-    """Yields the parts, each for a forward and a backward pass of one update.
+    """Yields the micro-batches of one update, each for its passes through the model.
 
     Copies of the weights (HSDP) sum their gradients over each other in the last pass alone.
     weights_stay: the weights that the first pass gathers stay whole until the last has used them;
-    otherwise each pass gathers those of the blocks twice, and the others once.
+    otherwise each forward and each backward pass gathers those of the blocks, and each forward pass
+    the others.
     """
     if not isinstance(model, FSDPModule):
         yield from parts

@@ -202,17 +202,20 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     o = run.options
     batch = batch.select([i for i, (r, keep) in enumerate(zip(batch.responses, batch.keep.tolist()))
                           if keep and (r.finished or not o.mask_truncated)])
-    parts = distributed.micro_batches(
-        [len(r.question.prompt) + len(r.tokens) for r in batch.responses], o.micro_batch_tokens)
+    # Without a KL term or an entropy bonus, a row whose advantage is 0 has no gradient. Where Z is
+    # that of a micro-batch, the micro-batches stay as they are.
+    learn = (batch.advantages != 0) | (o.kl_coef + o.entropy_coef > 0 or o.normalizer != "batch")
+    parts = distributed.update_parts([len(r.question.prompt) + len(r.tokens)
+                                      for r in batch.responses], learn, o.micro_batch_tokens)
     totals, size = distributed.Totals(), distributed.Totals()
-    size.add(tokens=sum(len(r.tokens) for r in batch.responses), parts=sum(map(bool, parts)),
-             rows=len(batch.responses))
+    size.add(tokens=sum(len(r.tokens) for r in batch.responses), rows=len(batch.responses),
+             parts=sum(bool(rows) for rows, _ in parts))
     size = size.over_processes()
     share = 1.0 if o.normalizer == "batch" else 1.0 / max(size["parts"], 1)
     total = {"tokens": size["tokens"], "sequences": size["rows"],
              "fixed": size["rows"] * o.max_new_tokens}[o.loss_aggregation]
     prepare_gradients(run.model, run.device)
-    for rows in distributed.passes(run.model, parts or [[]], run.weights_stay):
+    for rows, learns in distributed.passes(run.model, parts, run.weights_stay):
         micro = batch.select(rows) if rows else NOTHING
         packing = pack([r.question.prompt for r in micro.responses],
                        [r.tokens for r in micro.responses], run.device)
@@ -224,12 +227,10 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
         lengths = mask.sum(1, keepdim=True).clamp(min=1)                                   # [B, 1]
         weights = mask / (lengths if o.loss_aggregation == "sequences" else 1)             # [B, R]
         Z = (weights.new_full((), total) if o.normalizer == "batch" else weights.sum()).clamp(min=1)
-        logprobs, entropy = response_logprobs(run.model, packing, o.temperature,
+        logprobs, entropy = response_logprobs(run.model, packing, o.temperature, gradient=learns,
                                               entropy_gradient=o.entropy_coef > 0)         # [B, R]
-        ref_logprobs = None
-        if run.reference is not None:
-            with torch.no_grad():
-                ref_logprobs, _ = response_logprobs(run.reference, packing, o.temperature)
+        ref_logprobs = None if run.reference is None else response_logprobs(
+            run.reference, packing, o.temperature, gradient=False)[0]                      # [B, R]
         loss, metrics = icpo.icpo_loss(                                                    # (ICPO)
             logprobs, old_logprobs, advantages, weights, off_policy, clip_low=o.clip_low,
             clip_high=o.clip_high, shaping_lambda=o.shaping_lambda if o.shaping else None,
@@ -238,8 +239,8 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
             kl_coef=o.kl_coef, clip_off_policy=o.clip_off_policy,
             log_ratio_clamp=o.log_ratio_clamp or None)
         loss = loss - o.entropy_coef * (entropy * weights).sum() / Z if o.entropy_coef else loss
-        # FSDP averages over the processes, and Z is already that of all of them.
-        (loss * share * distributed.world_size()).backward()
+        if learns:   # FSDP averages over the processes, and Z is already that of all of them
+            (loss * share * distributed.world_size()).backward()
         on_policy = mask & ~off_policy[:, None]
         gap = (logprobs.detach() - old_logprobs) * on_policy                               # [B, R]
         ratio = gap.exp()
@@ -267,7 +268,6 @@ NOTHING = Batch([_ROW], *(torch.zeros(1, dtype=dtype) for dtype in (
     torch.long, torch.bool, torch.float64, torch.bool, torch.bool, torch.float64)), bonus=0.0)
 
 
-@torch.no_grad()
 def recompute_logprobs(run: Run, responses: list[Response]) -> float:
     """Replaces old log-probabilities, except a data set's, by those of a second pass.
 
@@ -278,7 +278,7 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
             [len(r.behaviour_prompt) + len(r.sampled) for r in responses], o.micro_batch_tokens):
         micro = [responses[i] for i in rows] or [_ROW]
         packing = pack([r.behaviour_prompt for r in micro], [r.sampled for r in micro], run.device)
-        logprobs, _ = response_logprobs(run.model, packing, o.temperature)
+        logprobs, _ = response_logprobs(run.model, packing, o.temperature, gradient=False)
         for r, row in zip(micro, logprobs.tolist() if rows else (), strict=False):
             old, r.old_logprobs = r.old_logprobs, fold(row, r)
             gaps += [abs(a - b) for a, b in zip(old, r.old_logprobs, strict=True)]

@@ -11,7 +11,8 @@ other in processes of their own.
 Prints a table and then a line with every figure as name=value. TRL runs twice, with gradient
 checkpointing (its default) and without; the table has the time of the faster run and the memory of
 the leaner one. Peak memory is that of the whole process, with weights and optimiser. The update is
-compared with the rate of a large matrix product measured here.
+compared with the rate of a large matrix product measured here. The column "halved" is the time of
+an update in which all rewards are equal in half of the groups, over that of the others.
 """
 
 import json
@@ -69,7 +70,8 @@ class Options:
     prompts: int = option(4, "questions in a step, with 8 responses each")
     prompt_length: int = option(64, "tokens of a prompt, which consists of random words")
     max_new_tokens: int = option(64, "longest response in tokens")
-    steps: int = option(2, "timed steps, after one step that is not timed")
+    steps: int = option(2, "timed steps, after one step that is not timed; as many follow in which "
+                        "all rewards are equal in half of the groups")
     micro_batch_tokens: int = option(1024, "as in train.py, but at least one sequence; TRL takes 8 "
                                      "sequences at a time, its default")
     recompute_activations: Literal["none", "cheap", "all"] = option("all", "as in train.py")
@@ -83,6 +85,14 @@ class Options:
 
 # --------------------------------------------------------------------------------------------------
 # The two sides; each runs in its own process and returns {seconds, tokens, ...} of the timed steps
+
+def rewards(texts: list[str], equal_groups: int = 0) -> list[float]:
+    """Scores the responses, 8 to a question, for the time that this takes, and returns other
+    rewards: the same in each of the first groups, different within the others. Random responses are
+    all wrong, so no group would have a gradient."""
+    score(texts, ["0"] * len(texts))
+    return [float(i // 8 >= equal_groups and i % 2) for i in range(len(texts))]
+
 
 def run_here(job: dict) -> dict:
     folder, device = Path(job["folder"]), torch.device(job["device"])
@@ -98,8 +108,10 @@ def run_here(job: dict) -> dict:
         "--device", job["device"], "--seed", str(job["seed"]),
         "--output-dir", str(folder / f"run-{job['case']}")])
     run.model.stop_ids = tuple(job["stop_ids"])
-    results = []
-    for step in range(job["steps"] + 1):
+    results, steps = [], job["steps"]
+    for step in range(2 * steps + 1):
+        equal_groups = job["prompts"] // 2 if step > steps else 0
+        run.scorer = lambda texts, _, equal=equal_groups: rewards(texts, equal)
         synchronise(run.device)
         started = time.perf_counter()
         metrics, batch = trainer.train_step(run, step, lambda phase: None)
@@ -116,7 +128,9 @@ def run_here(job: dict) -> dict:
     plan = Plan(run.model.config, run.options, 1, device.type, own)
     # On a GPU the sampler's copy and cache stay during the update where they have room.
     staying = sum(plan.update(0).values()) + plan.gathered + cache if run.sampler.keeps else 0
-    return {name: sum(each[name] for each in results[1:]) for name in results[0]} | {
+    timed, halved = results[1:steps + 1], results[steps + 1:]
+    return {name: sum(each[name] for each in timed) for name in results[0]} | {
+        "halved": sum(each["update"] for each in halved),
         "estimate": max(plan.peak(cache), staying)}
 
 
@@ -149,7 +163,7 @@ def run_trl(job: dict) -> dict:
 
     def reward(completions, completion_ids, **more):
         results[-1]["tokens"] += sum(map(len, completion_ids))
-        return score(completions, ["0"] * len(completions))
+        return rewards(completions)
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -266,7 +280,8 @@ def measure(options: Options, folder: Path, device: str, bar) -> dict[str, float
                   "estimate_ratio": here["estimate"] / here["memory"],
                   **{f"{name}_seconds": here[name] / count
                      for name in ("rollout", "reward", "update")},
-                  "update_share": here["operations"] / here["update"] / rate}
+                  "update_share": here["operations"] / here["update"] / rate,
+                  "halved_ratio": here["halved"] / here["update"]}
         figures |= {f"{case}_{name}": value for name, value in values.items()}
     return figures
 
@@ -325,7 +340,7 @@ def main() -> None:
           f"trl {trl.__version__}: {figures['matmul_gflop_per_second']:,.0f} GFLOP/s")
     print(f"{'':<9}{'seconds':>9}{'TRL':>9}{'ratio':>7}{'tokens/s':>10}{'TRL':>8}{'peak GB':>9}"
           f"{'estimate':>9}{'TRL':>7}{'ratio':>7}"
-          f"{'rollout':>9}{'update':>8}{'of rate':>9}{'tokens':>8}{'TRL':>7}")
+          f"{'rollout':>9}{'update':>8}{'of rate':>9}{'halved':>8}{'tokens':>8}{'TRL':>7}")
     for case in ("equal", "varying"):
         f = {name.removeprefix(case + "_"): value for name, value in figures.items()
              if name.startswith(case)}
@@ -334,6 +349,7 @@ def main() -> None:
               f"{f['memory_gb']:>9.2f}{f['estimate_gb']:>9.2f}{f['trl_memory_gb']:>7.2f}"
               f"{f['memory_ratio']:>7.2f}"
               f"{f['rollout_seconds']:>9.2f}{f['update_seconds']:>8.2f}{f['update_share']:>9.0%}"
+              f"{f['halved_ratio']:>8.2f}"
               f"{f['mean_length']:>8.1f}{f['trl_mean_length']:>7.1f}")
     report(figures, ESTIMATE + ([] if options.model == "tiny" else TARGETS[device]), options.check)
 

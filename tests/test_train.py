@@ -178,6 +178,72 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
         assert (gradients[name] - parameter.grad).norm() < 2e-4 * parameter.grad.norm(), name
 
 
+@pytest.mark.parametrize("settings, all_learn", [
+    (["--kl-coef", "0"], False),
+    (["--kl-coef", "0", "--loss-aggregation", "sequences"], False),
+    (["--kl-coef", "0.01"], True),
+    (["--kl-coef", "0", "--entropy-coef", "0.1"], True),
+    (["--kl-coef", "0", "--normalizer", "micro-batch"], True),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_rows_without_a_gradient_are_in_the_metrics_only(tmp_path, monkeypatch, settings,
+                                                         all_learn):
+    """The gradient and the metrics are those of an update that computes every row's gradient."""
+    run = prepare(tmp_path, *MANY_PARTS, "--errs", "false", *settings)
+    batch, update_parts = sampled_batch(run), distributed.update_parts
+    with torch.no_grad():   # ratios differ from 1
+        for parameter in run.model.parameters():
+            parameter.mul_(1.01)
+    batch.advantages = torch.linspace(-1, 1, len(batch.advantages)) * (batch.group % 2)
+    trained, gradients, found = [], [], []
+    run.optimizer.step = lambda: gradients.append(
+        [parameter.grad.clone() for parameter in run.model.parameters()])
+
+    def watched(lengths, learn, budget):
+        parts = update_parts(lengths, learn, budget)
+        trained.append(sum(len(rows) for rows, learns in parts if learns))
+        assert sorted(i for rows, _ in parts for i in rows) == list(range(len(lengths)))
+        return parts
+
+    monkeypatch.setattr(distributed, "update_parts", watched)
+    found.append(trainer.update(run, batch))
+    monkeypatch.setattr(distributed, "update_parts", lambda lengths, learn, budget: update_parts(
+        lengths, torch.ones_like(learn), budget))
+    found.append(trainer.update(run, batch))
+    kept = batch.keep.sum().item()
+    assert trained == [kept if all_learn else (batch.keep & (batch.advantages != 0)).sum().item()]
+    assert 0 < (batch.keep & (batch.advantages != 0)).sum() < kept
+    for name in found[0].keys() - {"cells", "padding", "shared"}:   # these are of the packing
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("learn, gathered, expected", [
+    # Rows of 10 tokens, two to a micro-batch. gathered: what another process says in turn: its
+    # micro-batches that learn, then with those that fill up, then the others.
+    ("1100", [1, 1, 1], [([2, 3], False), ([0, 1], True)]),
+    ("0000", [0, 0, 2], [([0, 1], False), ([2, 3], False), ([], True)]),
+    ("0000", [1, 1, 1], [([2, 3], False), ([0, 1], True)]),
+    ("0000", [3, 3, 0], [([0, 1], True), ([2, 3], True), ([], True)]),
+    ("0101", [0, 1, 3], [([0, 2], False), ([], False), ([], False), ([1, 3], True)]),
+    ("", [2, 2, 1], [([], False), ([], True), ([], True)]),
+])
+def test_all_processes_make_the_same_passes(monkeypatch, learn, gathered, expected):
+    said = iter(gathered)
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, next(said)])
+    parts = distributed.update_parts([10] * len(learn), torch.tensor([c == "1" for c in learn]), 20)
+    assert parts == expected and not list(said)
+
+
+def test_an_update_without_any_gradient_is_one_of_zeros(tmp_path):
+    run = prepare(tmp_path, "--kl-coef", 0)
+    batch = sampled_batch(run)
+    batch.advantages.zero_()
+    found = trainer.update(run, batch)
+    assert found["grad_norm"] == 0 and not found["skipped"] and found["entropy"] > 0
+    assert {state["step"].item() for state in run.optimizer.state.values()} == {1}
+
+
 def test_weights_that_stay_are_gathered_once_and_make_the_same_gradient(tmp_path, monkeypatch):
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     gathered, gradients, plain = [], [], FSDPParam.init_all_gather_outputs
@@ -201,7 +267,7 @@ def test_weights_that_stay_are_gathered_once_and_make_the_same_gradient(tmp_path
 @pytest.mark.parametrize("processes, settings, layout", [
     (1, [], ["--recompute-activations", "cheap", "--micro-batch-tokens", "600"]),
     (2, [], ["--micro-batch-tokens", "560"]),
-    (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30"],
+    (2, ["--method", "icpo-rs", "--group", "append", "--max-new-tokens", "30", "--kl-coef", "0"],
      ["--micro-batch-tokens", "1000"]),
     (2, [], ["--shard-size", "1", *MANY_PARTS]),
     (4, [], ["--shard-size", "2", "--recompute-activations", "all"]),
@@ -1250,17 +1316,18 @@ def count(kind, collective):
         return collective(*arguments, **named)
     return counting
 
-micro_batches = trainer.distributed.micro_batches
+update_parts = trainer.distributed.update_parts
 
 def count_micro_batches(*arguments):
-    parts = micro_batches(*arguments)
+    parts = update_parts(*arguments)
     received["micro_batches"] += len(parts)
     return parts
 
-trainer.distributed.micro_batches = count_micro_batches
+trainer.distributed.update_parts = count_micro_batches
 run = trainer.prepare(sys.argv[1:])
 responses = trainer.sample_responses(run, trainer.draw_questions(run, 0), 0)
 batch = trainer.form_groups(run, responses, trainer.score_responses(run, responses), 0)
+batch.advantages.fill_(1)   # Every response has a backward pass.
 # Newer and older releases of PyTorch use different names.
 for kind, names in (("gathered", ("all_gather_single", "all_gather_into_tensor")),
                     ("reduced", ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce"))):

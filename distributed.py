@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -194,39 +194,45 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Every process gets the same number of parts, because each part is a collective of FSDP; the last
     ones of a process may be empty.
     """
-    return _padded(_consecutive(range(len(lengths)), lengths, budget))
-
-
-def _consecutive(rows: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    parts, room = [], 0
-    for i in rows:
-        if not parts or lengths[i] > room:
-            parts.append([])
-            room = budget
-        parts[-1].append(i)
-        room -= lengths[i]
-    return parts
-
-
-def _padded(parts: list[list[int]]) -> list[list[int]]:
-    """The parts, and empty ones up to the largest number of parts of any process."""
+    parts = _fill(enumerate(lengths), budget)
     return parts + [[]] * (max(gather_objects(len(parts))) - len(parts))
 
 
-def update_parts(lengths: Sequence[int], learn: torch.Tensor,
-                 budget: int) -> list[tuple[list[int], bool]]:
-    """The micro-batches of an update: the rows of each, and whether they learn.
+def _fill(rows: Iterable[tuple[Any, int]], budget: int) -> list[list]:
+    parts, room = [], 0
+    for row, length in rows:
+        if not parts or length > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(row)
+        room -= length
+    return parts
 
-    lengths: tokens of each row. learn: [B] bool, the rows that have a gradient. The others are in
-    micro-batches of their own, which come first, because FSDP ends an update with a backward pass.
-    So the last micro-batch learns even if no row does. Where another process has more micro-batches
-    that learn, some of the others, whose gradient is 0, take the place of empty ones.
+
+def share_rows(rows: list, lengths: Sequence[int], learn: Sequence[bool],
+               budget: int) -> list[tuple[list, bool]]:
+    """This process's micro-batches of an update over the rows of all processes: (rows, learns).
+
+    A process samples what it was given, and responses of unequal length make unequal shares. So the
+    rows are dealt out anew: consecutive ones, which often share a prompt, of about as many tokens
+    for each process.
+    lengths: tokens of each row. learn: which rows have a gradient. The others are shared by
+    themselves, in micro-batches that come first, because FSDP ends an update with a backward pass.
+    So the last micro-batch learns even if no row does. Every process gets the same number of each
+    kind; the last ones may be empty.
     """
-    still, learning = (_consecutive((learn == flag).nonzero()[:, 0].tolist(), lengths, budget)
-                       for flag in (False, True))
-    free = max(gather_objects(len(learning))) - len(learning)
-    learning, still = _padded(learning + still[:free]), _padded(still[free:])
-    return [(rows, False) for rows in still] + [(rows, True) for rows in learning or [[]]]
+    everyone = gather_lists(list(zip(rows, lengths, learn, strict=True)))
+    micro = []
+    for flag in (False, True):
+        chosen = [(row, length) for row, length, each in everyone if each == flag]
+        shares, total, before = [[] for _ in range(world_size())], sum(n for _, n in chosen), 0
+        for row, length in chosen:   # to the process in whose stretch of tokens its middle lies
+            shares[(2 * before + length) * len(shares) // (2 * total)].append((row, length))
+            before += length
+        parts = [_fill(share, budget) for share in shares]
+        most, mine = max(map(len, parts)), parts[rank()]
+        micro += [(part, flag) for part in mine + [[]] * (most - len(mine))]
+    return micro if micro and micro[-1][1] else micro + [([], True)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -200,29 +200,27 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     Returns sums and maxima over all processes, the norm of the gradient, and whether it `skipped`.
     """
     o = run.options
-    batch = batch.select([i for i, (r, keep) in enumerate(zip(batch.responses, batch.keep.tolist()))
-                          if keep and (r.finished or not o.mask_truncated)])
+    rows = [(r.question.prompt, r.tokens, r.old_logprobs, r.off_policy, A)
+            for r, _, _, keep, A in batch.rows() if keep and (r.finished or not o.mask_truncated)]
     # Without a KL term or an entropy bonus, a row whose advantage is 0 has no gradient. Where Z is
     # that of a micro-batch, the micro-batches stay as they are.
-    learn = (batch.advantages != 0) | (o.kl_coef + o.entropy_coef > 0 or o.normalizer != "batch")
-    parts = distributed.update_parts([len(r.question.prompt) + len(r.tokens)
-                                      for r in batch.responses], learn, o.micro_batch_tokens)
+    every = o.kl_coef + o.entropy_coef > 0 or o.normalizer != "batch"
+    parts = distributed.share_rows(rows, [len(row[0]) + len(row[1]) for row in rows],
+                                   [every or row[-1] != 0 for row in rows], o.micro_batch_tokens)
     totals, size = distributed.Totals(), distributed.Totals()
-    size.add(tokens=sum(len(r.tokens) for r in batch.responses), rows=len(batch.responses),
-             parts=sum(bool(rows) for rows, _ in parts))
+    size.add(tokens=sum(len(row[1]) for row in rows), rows=len(rows),
+             parts=sum(bool(micro) for micro, _ in parts))
     size = size.over_processes()
     share = 1.0 if o.normalizer == "batch" else 1.0 / max(size["parts"], 1)
     total = {"tokens": size["tokens"], "sequences": size["rows"],
              "fixed": size["rows"] * o.max_new_tokens}[o.loss_aggregation]
     prepare_gradients(run.model, run.device)
-    for rows, learns in distributed.passes(run.model, parts, run.weights_stay):
-        micro = batch.select(rows) if rows else NOTHING
-        packing = pack([r.question.prompt for r in micro.responses],
-                       [r.tokens for r in micro.responses], run.device)
-        old = torch.tensor([logprob for r in micro.responses for logprob in r.old_logprobs])
-        old, keep, off_policy, advantages = (to_device(each, run.device) for each in (
-            old, micro.keep, micro.off_policy, micro.advantages.float()))
-        mask = packing.mask & keep[:, None]                                                # [B, R]
+    for micro, learns in distributed.passes(run.model, parts, run.weights_stay):
+        prompts, tokens, old, off_policy, advantages = map(list, zip(*(micro or [NOTHING])))
+        packing = pack(prompts, tokens, run.device)
+        old, off_policy, advantages = (to_device(torch.tensor(each), run.device) for each in (
+            [logprob for row in old for logprob in row], off_policy, advantages))
+        mask = packing.mask & bool(micro)                                                  # [B, R]
         old_logprobs, = to_rows(packing.mask, old)                                         # [B, R]
         lengths = mask.sum(1, keepdim=True).clamp(min=1)                                   # [B, 1]
         weights = mask / (lengths if o.loss_aggregation == "sequences" else 1)             # [B, R]
@@ -262,10 +260,9 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     return found
 
 
+# Dummy rows for a process that has none left while others have; the update masks them.
+NOTHING = [0], [0], [0.0], False, 0.0
 _ROW = Response(Question(0, Problem("", ""), [0], []), False, [0], [0], [0.0], True, "", 0, [0])
-# A dummy row whose mask is all zeros, for a process that has no rows left while others have.
-NOTHING = Batch([_ROW], *(torch.zeros(1, dtype=dtype) for dtype in (
-    torch.long, torch.bool, torch.float64, torch.bool, torch.bool, torch.float64)), bonus=0.0)
 
 
 def recompute_logprobs(run: Run, responses: list[Response]) -> float:

@@ -189,7 +189,7 @@ def test_rows_without_a_gradient_are_in_the_metrics_only(tmp_path, monkeypatch, 
                                                          all_learn):
     """The gradient and the metrics are those of an update that computes every row's gradient."""
     run = prepare(tmp_path, *MANY_PARTS, "--errs", "false", *settings)
-    batch, update_parts = sampled_batch(run), distributed.update_parts
+    batch, share_rows = sampled_batch(run), distributed.share_rows
     with torch.no_grad():   # ratios differ from 1
         for parameter in run.model.parameters():
             parameter.mul_(1.01)
@@ -198,16 +198,16 @@ def test_rows_without_a_gradient_are_in_the_metrics_only(tmp_path, monkeypatch, 
     run.optimizer.step = lambda: gradients.append(
         [parameter.grad.clone() for parameter in run.model.parameters()])
 
-    def watched(lengths, learn, budget):
-        parts = update_parts(lengths, learn, budget)
-        trained.append(sum(len(rows) for rows, learns in parts if learns))
-        assert sorted(i for rows, _ in parts for i in rows) == list(range(len(lengths)))
+    def watched(rows, *more):
+        parts = share_rows(rows, *more)
+        trained.append(sum(len(part) for part, learns in parts if learns))
+        assert sorted(row for part, _ in parts for row in part) == sorted(rows)
         return parts
 
-    monkeypatch.setattr(distributed, "update_parts", watched)
+    monkeypatch.setattr(distributed, "share_rows", watched)
     found.append(trainer.update(run, batch))
-    monkeypatch.setattr(distributed, "update_parts", lambda lengths, learn, budget: update_parts(
-        lengths, torch.ones_like(learn), budget))
+    monkeypatch.setattr(distributed, "share_rows", lambda rows, lengths, learn, budget: share_rows(
+        rows, lengths, [True] * len(rows), budget))
     found.append(trainer.update(run, batch))
     kept = batch.keep.sum().item()
     assert trained == [kept if all_learn else (batch.keep & (batch.advantages != 0)).sum().item()]
@@ -218,21 +218,28 @@ def test_rows_without_a_gradient_are_in_the_metrics_only(tmp_path, monkeypatch, 
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("learn, gathered, expected", [
-    # Rows of 10 tokens, two to a micro-batch. gathered: what another process says in turn: its
-    # micro-batches that learn, then with those that fill up, then the others.
-    ("1100", [1, 1, 1], [([2, 3], False), ([0, 1], True)]),
-    ("0000", [0, 0, 2], [([0, 1], False), ([2, 3], False), ([], True)]),
-    ("0000", [1, 1, 1], [([2, 3], False), ([0, 1], True)]),
-    ("0000", [3, 3, 0], [([0, 1], True), ([2, 3], True), ([], True)]),
-    ("0101", [0, 1, 3], [([0, 2], False), ([], False), ([], False), ([1, 3], True)]),
-    ("", [2, 2, 1], [([], False), ([], True), ([], True)]),
+@pytest.mark.parametrize("of_each, expected", [
+    # Rows of each process as (tokens, learns); expected: each process's micro-batches of up to 20
+    # tokens, as the numbers of the rows among all of them.
+    ([[(10, True)] * 4], [[([0, 1], True), ([2, 3], True)]]),
+    ([[(10, False)] * 3], [[([0, 1], False), ([2], False), ([], True)]]),
+    ([[(10, True)] * 6, []], [[([0, 1], True), ([2], True)], [([3, 4], True), ([5], True)]]),
+    ([[(10, True), (10, False)] * 2, [(10, True)] * 2],
+     [[([1], False), ([0, 2], True)], [([3], False), ([4, 5], True)]]),
+    ([[(40, True)], [(10, True)] * 2], [[([0], True)], [([1, 2], True)]]),
+    ([[], [(10, False)]], [[([], False), ([], True)], [([0], False), ([], True)]]),
+    ([[], []], [[([], True)]] * 2),
 ])
-def test_all_processes_make_the_same_passes(monkeypatch, learn, gathered, expected):
-    said = iter(gathered)
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, next(said)])
-    parts = distributed.update_parts([10] * len(learn), torch.tensor([c == "1" for c in learn]), 20)
-    assert parts == expected and not list(said)
+def test_each_process_gets_as_many_tokens_and_micro_batches(monkeypatch, of_each, expected):
+    numbered = iter(range(100))
+    of_each = [[(next(numbered), *row) for row in rows] for rows in of_each]
+    monkeypatch.setattr(distributed, "gather_lists", lambda mine: [
+        (number, length, learns) for rows in of_each for number, length, learns in rows])
+    monkeypatch.setattr(distributed, "world_size", lambda: len(of_each))
+    for process, rows in enumerate(of_each):
+        monkeypatch.setattr(distributed, "rank", lambda process=process: process)
+        found = distributed.share_rows(*(map(list, zip(*rows)) if rows else ([], [], [])), 20)
+        assert found == expected[process]
 
 
 def test_an_update_without_any_gradient_is_one_of_zeros(tmp_path):
@@ -275,8 +282,8 @@ def test_weights_that_stay_are_gathered_once_and_make_the_same_gradient(tmp_path
 def test_other_layouts_make_the_same_run(whole_run, tmp_path, processes, settings, layout):
     """Sharding over all processes, over pairs or not at all, and other micro-batches, give the same
     samples, metrics and weights to float32 rounding. With `settings`, only the shorter off-policy
-    responses are right and join their groups, so the processes hold different numbers of rows and
-    micro-batches."""
+    responses are right and join their groups, so the processes sample different numbers of rows,
+    and three of four groups have no gradient."""
     if settings:
         whole_run = tmp_path / "one"
         trainer.train(prepare(whole_run, "--steps", 2, *settings))
@@ -1316,14 +1323,14 @@ def count(kind, collective):
         return collective(*arguments, **named)
     return counting
 
-update_parts = trainer.distributed.update_parts
+share_rows = trainer.distributed.share_rows
 
 def count_micro_batches(*arguments):
-    parts = update_parts(*arguments)
+    parts = share_rows(*arguments)
     received["micro_batches"] += len(parts)
     return parts
 
-trainer.distributed.update_parts = count_micro_batches
+trainer.distributed.share_rows = count_micro_batches
 run = trainer.prepare(sys.argv[1:])
 responses = trainer.sample_responses(run, trainer.draw_questions(run, 0), 0)
 batch = trainer.form_groups(run, responses, trainer.score_responses(run, responses), 0)

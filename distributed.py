@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,7 +109,7 @@ def barrier() -> None:
 
 def gather_objects(mine) -> list:
     """Every process's object in order of rank, on every process."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return [mine]
     everyone = [None] * world_size()
     dist.all_gather_object(everyone, mine)
@@ -214,12 +215,12 @@ def share_rows(rows: list, lengths: Sequence[int], learn: Sequence[bool],
     """This process's micro-batches of an update over the rows of all processes: (rows, learns).
 
     A process samples what it was given, and responses of unequal length make unequal shares. So the
-    rows are dealt out anew: consecutive ones, which often share a prompt, of about as many tokens
-    for each process.
-    lengths: tokens of each row. learn: which rows have a gradient. The others are shared by
-    themselves, in micro-batches that come first, because FSDP ends an update with a backward pass.
-    So the last micro-batch learns even if no row does. Every process gets the same number of each
-    kind; the last ones may be empty.
+    rows are dealt out anew. Each process gets consecutive ones, which often share a prompt, and all
+    get about the same number of tokens.
+    lengths: tokens of each row. learn: which rows have a gradient. Rows without one have
+    micro-batches of their own. These come first, because FSDP ends an update with a backward pass;
+    the last micro-batch learns even if no row does. Every process gets the same number of each
+    kind, of which the last may be empty.
     """
     everyone = gather_lists(list(zip(rows, lengths, learn, strict=True)))
     micro = []
@@ -230,8 +231,7 @@ def share_rows(rows: list, lengths: Sequence[int], learn: Sequence[bool],
             shares[(2 * before + length) * len(shares) // (2 * total)].append((row, length))
             before += length
         parts = [_fill(share, budget) for share in shares]
-        most, mine = max(map(len, parts)), parts[rank()]
-        micro += [(part, flag) for part in mine + [[]] * (most - len(mine))]
+        micro += [(part[rank()], flag) for part in zip_longest(*parts, fillvalue=[])]
     return micro if micro and micro[-1][1] else micro + [([], True)]
 
 
@@ -322,8 +322,8 @@ def passes(model: "Transformer", parts: list, weights_stay: bool) -> Iterator:
 
     Copies of the weights (HSDP) sum their gradients over each other in the last pass alone.
     weights_stay: the weights that the first pass gathers stay whole until the last has used them;
-    otherwise each forward and each backward pass gathers those of the blocks, and each forward pass
-    the others.
+    otherwise each forward and each backward pass gathers those of the blocks. The others are
+    gathered once for each backward pass.
     """
     if not isinstance(model, FSDPModule):
         yield from parts

@@ -20,6 +20,7 @@ import contextlib
 import math
 import random
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -200,10 +201,11 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     Returns sums and maxima over all processes, the norm of the gradient, and whether it `skipped`.
     """
     o = run.options
-    rows = [(r.question.prompt, r.tokens, r.old_logprobs, r.off_policy, A)
+    rows = [(array("i", r.question.prompt), array("i", r.tokens), array("f", r.old_logprobs),
+             r.off_policy, A)
             for r, _, _, keep, A in batch.rows() if keep and (r.finished or not o.mask_truncated)]
     # Without a KL term or an entropy bonus, a row whose advantage is 0 has no gradient. Where Z is
-    # that of a micro-batch, the micro-batches stay as they are.
+    # that of a micro-batch, rows with and without a gradient stay together.
     every = o.kl_coef + o.entropy_coef > 0 or o.normalizer != "batch"
     parts = distributed.share_rows(rows, [len(row[0]) + len(row[1]) for row in rows],
                                    [every or row[-1] != 0 for row in rows], o.micro_batch_tokens)

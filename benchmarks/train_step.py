@@ -12,7 +12,8 @@ Prints a table and then a line with every figure as name=value. TRL runs twice, 
 checkpointing (its default) and without; the table has the time of the faster run and the memory of
 the leaner one. Peak memory is that of the whole process, with weights and optimiser. The update is
 compared with the rate of a large matrix product measured here. The column "halved" is the time of
-an update in which all rewards are equal in half of the groups, over that of the others.
+an update in which all rewards are equal in half of the groups, over that of the others, as if both
+had responses of the same lengths.
 """
 
 import json
@@ -130,7 +131,8 @@ def run_here(job: dict) -> dict:
     staying = sum(plan.update(0).values()) + plan.gathered + cache if run.sampler.keeps else 0
     timed, halved = results[1:steps + 1], results[steps + 1:]
     return {name: sum(each[name] for each in timed) for name in results[0]} | {
-        "halved": sum(each["update"] for each in halved),
+        "halved": sum(each["update"] for each in halved) * sum(
+            each["operations"] for each in timed) / sum(each["operations"] for each in halved),
         "estimate": max(plan.peak(cache), staying)}
 
 

@@ -7,10 +7,11 @@ demonstrations; `expert_response` for LUFFY; `id` is optional. rowforms.py lists
 import functools
 import itertools
 import random
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datafiles import read_rows
 from overlap import find_questions, normalise
@@ -125,6 +126,19 @@ class Response:
     reward: float | None = None     # R(τ), once it is scored
     # Its tokens as they were sampled, see stopping.end_response; none for a data set's response.
     sampled: list[int] = field(default_factory=list)
+
+    def row(self, advantage: float) -> "Row":
+        return Row(array("i", self.question.prompt), array("i", self.tokens),
+                   array("f", self.old_logprobs), self.off_policy, advantage)
+
+
+class Row(NamedTuple):
+    """What an update needs of a response, in arrays, which travel fast between processes."""
+    prompt: array           # int
+    tokens: array           # int
+    old_logprobs: array     # float32
+    off_policy: bool
+    advantage: float
 
 
 # --------------------------------------------------------------------------------------------------

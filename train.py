@@ -20,7 +20,6 @@ import contextlib
 import math
 import random
 import sys
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,16 +200,16 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     Returns sums and maxima over all processes, the norm of the gradient, and whether it `skipped`.
     """
     o = run.options
-    rows = [(array("i", r.question.prompt), array("i", r.tokens), array("f", r.old_logprobs),
-             r.off_policy, A)
-            for r, _, _, keep, A in batch.rows() if keep and (r.finished or not o.mask_truncated)]
+    rows = [r.row(advantage) for r, _, _, keep, advantage in batch.rows()
+            if keep and (r.finished or not o.mask_truncated)]
     # Without a KL term or an entropy bonus, a row whose advantage is 0 has no gradient. Where Z is
     # that of a micro-batch, rows with and without a gradient stay together.
     every = o.kl_coef + o.entropy_coef > 0 or o.normalizer != "batch"
-    parts = distributed.share_rows(rows, [len(row[0]) + len(row[1]) for row in rows],
-                                   [every or row[-1] != 0 for row in rows], o.micro_batch_tokens)
+    parts = distributed.share_rows(rows, [len(row.prompt) + len(row.tokens) for row in rows],
+                                   [every or row.advantage != 0 for row in rows],
+                                   o.micro_batch_tokens)
     totals, size = distributed.Totals(), distributed.Totals()
-    size.add(tokens=sum(len(row[1]) for row in rows), rows=len(rows),
+    size.add(tokens=sum(len(row.tokens) for row in rows), rows=len(rows),
              parts=sum(bool(micro) for micro, _ in parts))
     size = size.over_processes()
     share = 1.0 if o.normalizer == "batch" else 1.0 / max(size["parts"], 1)
@@ -262,9 +261,9 @@ def update(run: Run, batch: Batch) -> dict[str, float]:
     return found
 
 
-# Dummy rows for a process that has none left while others have; the update masks them.
-NOTHING = [0], [0], [0.0], False, 0.0
-_ROW = Response(Question(0, Problem("", ""), [0], []), False, [0], [0], [0.0], True, "", 0, [0])
+# A dummy for a process that has no rows left while others have; the update masks it.
+_DUMMY = Response(Question(0, Problem("", ""), [0], []), False, [0], [0], [0.0], True, "", 0, [0])
+NOTHING = _DUMMY.row(0.0)
 
 
 def recompute_logprobs(run: Run, responses: list[Response]) -> float:
@@ -275,7 +274,7 @@ def recompute_logprobs(run: Run, responses: list[Response]) -> float:
     gaps, o, responses = [0.0], run.options, [r for r in responses if r.sampled]
     for rows in distributed.micro_batches(
             [len(r.behaviour_prompt) + len(r.sampled) for r in responses], o.micro_batch_tokens):
-        micro = [responses[i] for i in rows] or [_ROW]
+        micro = [responses[i] for i in rows] or [_DUMMY]
         packing = pack([r.behaviour_prompt for r in micro], [r.sampled for r in micro], run.device)
         logprobs, _ = response_logprobs(run.model, packing, o.temperature, gradient=False)
         for r, row in zip(micro, logprobs.tolist() if rows else (), strict=False):

@@ -85,7 +85,8 @@ print(open("/proc/self/smaps_rollup").read())
 """)
     shown = run_script("pages.py", root=tmp_path).stdout
     kilobytes, = re.findall(r"AnonHugePages: +(\d+) kB", shown)
-    assert int(kilobytes) >= 2 ** 27 // 1024 - 4096
+    # Fragmented memory may lack some of them; without the setting there are none.
+    assert int(kilobytes) > 2 ** 26 // 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")

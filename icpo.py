@@ -142,7 +142,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, off_policy: Tensor,
         raise ValueError(f"off-policy denominator must be behaviour or one, not {denominator!r}")
     if denominator == "one":
         old_logprobs = old_logprobs.masked_fill(off_policy.bool()[:, None], 0.0)
-    return _bounded_exp(logprobs - old_logprobs, log_ratio_clamp)
+    return _bounded(logprobs - old_logprobs, log_ratio_clamp).exp()
 
 
 def policy_shaping(ratio: Tensor, lam: float = 0.01) -> Tensor:
@@ -185,8 +185,9 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
     """
     _check(logprobs, old_logprobs, advantages, mask, off_policy, None, 0.0)
     counts = mask.bool()
-    logprobs, old_logprobs = (x.where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
-    ratio = importance_ratio(logprobs, old_logprobs, off_policy)
+    mask = mask.to(torch.promote_types(logprobs.dtype, torch.float32))   # as icpo_loss does
+    logprobs, old = (x.to(mask.dtype).where(counts, 0.0) for x in (logprobs, old_logprobs.detach()))
+    ratio = importance_ratio(logprobs, old, off_policy)
     tokens = clip(ratio, advantages[:, None].where(counts, 0), clip_low, clip_high) * mask  # [B, T]
     lengths = mask.sum(1)                                                                  # [B] |τ|
     rows = tokens.sum(1) / lengths.where(lengths > 0, 1)                                   # [B]
@@ -197,7 +198,7 @@ def mixed_policy_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: T
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The k3 estimate of KL(π_θ ‖ π_ref) at each token: e^x − x − 1, x = log π_ref − log π_θ."""
     x = ref_logprobs - logprobs
-    return _bounded_exp(x) - x - 1
+    return _bounded(x).expm1() - x   # e^x − 1 would round small x away
 
 
 def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
@@ -263,13 +264,14 @@ def icpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     return loss, metrics
 
 
-def _bounded_exp(x: Tensor, bound: float | None = None) -> Tensor:
-    widest = 0.9 * math.log(torch.finfo(x.dtype).max)
-    bound = widest if bound is None else min(bound, widest)
-    return x.clamp(-bound, bound).exp()
+def _bounded(x: Tensor, bound: float | None = None) -> Tensor:
+    bound = min(bound or math.inf, 0.9 * math.log(torch.finfo(x.dtype).max))
+    return x.clamp(-bound, bound)
 
 
 def _check(logprobs, old_logprobs, advantages, mask, off_policy, ref_logprobs, kl_coef) -> None:
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must be [B, T], not of shape {list(logprobs.shape)}")
     B, T = logprobs.shape
     for name, value, shape in (("old_logprobs", old_logprobs, (B, T)), ("mask", mask, (B, T)),
                                ("advantages", advantages, (B,)), ("off_policy", off_policy, (B,)),

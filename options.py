@@ -333,8 +333,8 @@ class SharedOptions:
     demo_format: Literal["auto", "turns", "one-turn", "text"] = _data(
         "auto", "demonstrations and question: each demonstration a user's and an assistant's turn "
         "of the template; all in one user turn; or text without the template (release). auto is "
-        "turns; one-turn for the embedded model and for templates without such turns; text with "
-        "--chat-template false")
+        "the form of the run that made the model, else that of its generation_config.json, else "
+        "turns; one-turn for templates without such turns; text with --chat-template false")
     demo_chat_template: bool | None = _data(
         None, "earlier name: true is --demo-format one-turn, false is --demo-format text",
         free=True)
@@ -375,7 +375,8 @@ class SharedOptions:
 
 @dataclass
 class TrainingOptions(SharedOptions):
-    """Options of train.py. A choice between the paper and its release defaults to the paper's."""
+    """Options of train.py. A choice between the paper and its release defaults to the paper's, but
+    for demo_format."""
 
     train_data: str = _data("tiny", f"problems to train on: {SOURCES}, or tiny")
     test_data: list[str] = _data(["tiny"], "held-out problems: one data set or several, or tiny")
@@ -417,17 +418,20 @@ class TrainingOptions(SharedOptions):
     clip_off_policy: bool = _loss(True, "clip the off-policy term too, after f (release: false)")
     dual_clip: ZeroOrAboveOne = _loss(
         0.0, "bound on the loss of negative advantages (release: 3); 0 is off")
-    log_ratio_clamp: NotNegative = _loss(0.0, "bound on the log-ratio (release: 20); 0 is none")
+    log_ratio_clamp: NotNegative = _loss(
+        0.0, "bound on the log-ratio (release: 20); 0 is 79, the most that float32 holds")
     normalizer: Literal["batch", "micro-batch"] = _loss(
         "batch", "Z counts the response tokens of the whole mini-batch, or of each micro-batch, "
         "then averaged (release; the update then depends on the micro-batch size)")
     loss_aggregation: Literal["tokens", "sequences", "fixed"] = _loss(
-        "tokens", "the loss is a mean over response tokens, a mean over responses of their means, "
-        "or a sum over tokens divided by responses times --max-new-tokens (Dr. GRPO, LUFFY)")
+        "tokens", "the loss is a mean over response tokens, a mean over responses of their means "
+        "(release for 8B, whose micro-batches are single responses), or a sum over tokens divided "
+        "by responses times --max-new-tokens (Dr. GRPO, LUFFY)")
     mask_truncated: bool = _loss(
         False, "responses that are cut off leave the loss, but not their group (DAPO)")
     entropy_coef: NotNegative = _loss(
-        0.0, "weight of an entropy bonus, averaged as the loss is (LUFFY: 0.001)")
+        0.0, "weight of an entropy bonus, averaged as the loss is (LUFFY and the release, but "
+        "for its GRPO: 0.001)")
     advantage_std: bool = _loss(
         True, "divide advantages by the group's standard deviation (Dr. GRPO, LUFFY: false)")
     advantage_eps: NotNegative = _loss(1e-6, "added to the standard deviation of a group")
@@ -499,7 +503,8 @@ class TrainingOptions(SharedOptions):
                          "the memory that the run would take and the time of a step on known GPUs, "
                          "and end", free=True)
     cards: str = _run("", "GPUs of a dry run: 8x80 is 8 of 80 GB, and 8xA100 is 8 of that kind; by "
-                      "default those that are there", free=True)
+                      "default one like that which is there, for each process of torchrun",
+                      free=True)
     log_questions: Natural = _run(
         1, "questions a step whose responses go to samples.jsonl", free=True)
     show_samples: Natural = _run(

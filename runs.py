@@ -552,8 +552,11 @@ def begin_program() -> None:
 
 
 def how_to_go_on(folder: Path) -> str:
-    processes = f"--nproc-per-node {world_size()} " if world_size() > 1 else ""
-    return f"torchrun {processes}train.py --resume --output-dir {shlex.quote(str(folder))}"
+    """The command that continues the run; "…" are the options by which several nodes meet."""
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    several = f"--nnodes {nodes} … " if nodes > 1 else ""
+    processes = f"--nproc-per-node {world_size() // nodes} " if world_size() > nodes else ""
+    return f"torchrun {several}{processes}train.py --resume --output-dir {shlex.quote(str(folder))}"
 
 
 @contextlib.contextmanager

@@ -343,8 +343,16 @@ def test_output_to_a_closed_terminal_or_to_nothing_is_dropped():
     stream.close()
 
 
-def test_the_command_that_goes_on_suits_a_shell(tmp_path):
-    assert shlex.split(how_to_go_on(tmp_path / "my run"))[-1] == str(tmp_path / "my run")
+@pytest.mark.parametrize("nodes, processes, expected", [
+    (1, 1, "torchrun "), (1, 8, "torchrun --nproc-per-node 8 "), (2, 2, "torchrun --nnodes 2 … "),
+    (2, 16, "torchrun --nnodes 2 … --nproc-per-node 8 ")])
+def test_the_command_that_goes_on_suits_a_shell_and_the_nodes(tmp_path, monkeypatch, nodes,
+                                                              processes, expected):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+    monkeypatch.setattr("runs.world_size", lambda: processes)
+    command = how_to_go_on(tmp_path / "my run")
+    assert command.startswith(f"{expected}train.py --resume --output-dir ")
+    assert shlex.split(command)[-1] == str(tmp_path / "my run")
 
 
 def test_files_are_utf_8_whatever_the_locale(tmp_path):

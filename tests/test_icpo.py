@@ -215,6 +215,9 @@ def test_kl_matches_hand_calculation():
     torch.testing.assert_close(kl_k3(tensor([0.25, 0.5]).log(), tensor([0.5, 0.5]).log()),
                                tensor([1 - math.log(2), 0.0]))
     assert torch.isfinite(kl_k3(tensor([0.0, -200.0]), tensor([-200.0, 0.0]))).all()
+    x = tensor([1e-4, -1e-4, 1e-3])   # e^x − x − 1 = x²/2 + x³/6 + …; e^x − 1 would be off by 1e-8
+    torch.testing.assert_close(kl_k3(torch.zeros(3), x), x ** 2 / 2 + x ** 3 / 6, rtol=0,
+                               atol=1e-10)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,13 +385,15 @@ def test_loss_and_gradient_are_always_finite(what):
 def test_tokens_in_bfloat16_are_counted_in_float32():
     """The loss has 3,333 tokens of ratio 1; bfloat16 would round the count to 3,328."""
     logprobs = torch.zeros(3, 1111, dtype=torch.bfloat16, requires_grad=True)
-    loss, _ = icpo_loss(logprobs, logprobs.detach(), torch.ones(3), torch.ones(3, 1111),
-                        torch.zeros(3, dtype=torch.bool))
-    assert loss.item() == pytest.approx(-1.0, abs=1e-6)
+    arguments = (logprobs, logprobs.detach(), torch.ones(3), torch.ones_like(logprobs).detach(),
+                 torch.zeros(3, dtype=torch.bool))
+    assert icpo_loss(*arguments)[0].item() == pytest.approx(-1.0, abs=1e-6)
+    assert mixed_policy_objective(*arguments).item() == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("change, culprit", [
     (dict(old_logprobs=torch.zeros(6, 4)), "old_logprobs"),
+    (dict(logprobs=torch.zeros(6)), r"logprobs must be \[B, T\]"),
     (dict(advantages=torch.zeros(5)), "advantages"), (dict(mask=torch.ones(6)), "mask"),
     (dict(kl_coef=0.1), "ref_logprobs"), (dict(shaping_lambda=-1.0), "λ"),
     (dict(off_policy_denominator="two"), "two")])

@@ -33,6 +33,7 @@ SCRIPTS = sorted([*ROOT.glob("*.py"), ROOT / "tiny/make.py", ROOT / "tests/golde
 # Options that no script declares itself: argparse's, torchrun's and TensorBoard's.
 ELSEWHERE = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
              "--max-restarts", "--shutdown-timeout",
+             "--signal",   # Slurm's
              # of docker run and hf download
              "--ipc", "--shm-size", "--local-dir", "--repo-type", "--revision",
              # slime's, in docs/losses.md

@@ -151,12 +151,12 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0) -> list[di
         unsure: dict[tuple[str, str], None] = {}
         for answer in filter(None, group):
             for other in found:
-                try:
-                    if settle(answer, other):
+                try:   # 12 is no vote for 5+7, which would not earn
+                    if settle(other, answer):
                         found[other] += 1
                         break
                 except NeedsAlgebra:
-                    unsure[answer, other] = None
+                    unsure[other, answer] = None
             else:
                 found[answer] += 1
         common = {answer for answer, _ in found.most_common(VOTES)}
@@ -165,7 +165,7 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0) -> list[di
     pairs = [pair for each in doubts for pair in each]
     verdicts = iter(compare(pairs, timeout) if pairs else [])
     for found, each in zip(counts, doubts, strict=True):
-        for (answer, other), verdict in zip(each, verdicts, strict=False):
+        for (other, answer), verdict in zip(each, verdicts, strict=False):
             if verdict is True and answer in found and other in found:
                 found[other] += found.pop(answer)
     return [dict(found) for found in counts]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
-from answers.expressions import THOUSANDS, has_letters
+from answers.expressions import THOUSANDS, has_letters, left_undone
 from answers.reading import (
     Form,
     Named,
@@ -38,8 +38,9 @@ def no_algebra(a: str, b: str, sign: str) -> bool | None:
 def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None:
     """Whether an answer equals the reference; None where one of them is not understood.
 
-    The same text is equal to itself. Raises NeedsAlgebra where expressions have to be compared and
-    no algebra is given.
+    The same text is equal to itself. A calculation that is left undone is not equal to its result,
+    or a policy that is asked for a sum would earn by writing the question into the box. Raises
+    NeedsAlgebra where expressions have to be compared and no algebra is given.
     """
     given, answer = tidy(given), tidy(answer)
     if without_needless_spaces(given) == without_needless_spaces(answer):
@@ -50,6 +51,10 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
     a = _read_as(a, given, b)
     if a is None:
         return None
+    results = _quantities(b)
+    if results and all(each.value is not None for each in results) and any(
+            each.value is None and left_undone(each.text) for each in _quantities(a)):
+        return False
     if isinstance(a, Quantity) and a.unit and (found := spaced_unit(answer)):   # 5 m for 5 meters
         b = found if found.unit == a.unit else b
     if isinstance(a, Relation) and isinstance(b, Quantity):   # m + n = 5 for 5
@@ -64,6 +69,13 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
                     else Parts("list", (each,)) for each in (a, b))
             break
     return same(a, b, algebra)
+
+
+def _quantities(shape: Any) -> list[Quantity]:
+    if isinstance(shape, Parts):   # 5 \pm 2 is an answer
+        return [each for part in shape.parts * (not shape.by_sign) for each in _quantities(part)]
+    shape = shape.value if isinstance(shape, Named) else shape
+    return [shape] if isinstance(shape, Quantity) else []
 
 
 _ROOT = re.compile(r"([xyztrk]|\\lambda)_?[0-9]+")

@@ -83,6 +83,32 @@ def has_letters(expression: str) -> bool:
                                                                         expression)))
 
 
+_PLAIN_NUMBER = re.compile(r"\\frac\{[0-9]+\}\{[0-9]+\}|(?<![\w^/])[0-9]+/[0-9]+(?![\w^!/])")
+_INNERMOST = re.compile(r"[({\[]([^(){}\[\]]*)[)}\]]")
+_BARS = re.compile(r"\||\\[lr](?:floor|ceil|vert)")
+
+
+def left_undone(expression: str) -> bool:
+    r"""Whether an expression from `rewrite` has a sum, product or quotient of plain numbers.
+
+    A fraction, and an operand of !, ^ or a function, is no part of one: 2^{80}+1, 2\cdot 3! and
+    \frac{9!}{2} are as far as they go.
+    """
+    text = _PLAIN_NUMBER.sub("1", _BARS.sub("", expression).replace(" ", ""))
+    while inside := _INNERMOST.search(text):
+        if _undone(inside[1]):
+            return True
+        plain = inside[0][0] == "(" and re.fullmatch("-?[0-9]+", inside[1])
+        text = text[:inside.start()] + ("1" if plain else "x") + text[inside.end():]
+    return _undone(text)
+
+
+def _undone(flat: str) -> bool:
+    terms = re.split("[-+]", flat)
+    return sum(term.isdigit() for term in terms) > 1 or any(
+        sum(factor.isdigit() for factor in re.split(r"\\cdot|/", term)) > 1 for term in terms)
+
+
 def _items(tokens: list, closing: str) -> list[_Item]:
     """The items up to the closing bracket, which is taken too."""
     items: list[_Item] = []

@@ -11,7 +11,11 @@ import icpo
 
 def icpo_loss(args, batch, logits, sum_of_sample_mean):
     """batch: lists of one tensor a response. Each rollout_log_probs holds the log-probabilities
-    after [D; q] if the response is off-policy, and zeros else. Returns the loss and metrics."""
+    after [D; q] if the response is off-policy, and zeros else. Returns the loss and metrics.
+    Raises ValueError for --rollout-top-p below 1."""
+    if getattr(args, "rollout_top_p", 1.0) != 1:
+        raise ValueError(f"--rollout-top-p must be 1, not {args.rollout_top_p}: the tokens that it "
+                         f"leaves differ after [D; q]")
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
     # Earlier versions have max_seq_lens, in the batch and here.
     names = "unconcat_tokens", "total_lengths", "response_lengths", "max_seq_lens"

@@ -76,6 +76,9 @@ def test_slime(stand_in, rows, pair, kl):
     more = dict(ref_logprobs=rows.old, kl_coef=0.1) if kl else {}
     same_loss_and_gradient(rows, loss, rows.expected(clip_high=0.3, normalizer=1.0, **more))
     assert metrics["off_policy"] == 2
+    args.rollout_top_p = 0.9
+    with pytest.raises(ValueError, match="--rollout-top-p must be 1, not 0.9"):
+        icpo_loss(args, batch, torch.empty(1, 9, 3), lambda x: x.sum())
 
 
 def test_prime_rl(stand_in, rows):

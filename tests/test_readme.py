@@ -39,7 +39,7 @@ ELSEWHERE = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv
              # slime's, in docs/losses.md
              "--calculate-per-token-loss", "--custom-loss-function-path",
              "--custom-reward-post-process-path", "--loss-type", "--use-kl-loss",
-             "--use-rollout-logprobs", "--use-tis",
+             "--rollout-top-p", "--use-rollout-logprobs", "--use-tis",
              # tensorboard's
              "--logdir"}
 HEADER = "response     R      Â  π_θ(·|q)  logprob  π_old  old logprob   r, r̂  f(r̂)   CLIP\n"

@@ -242,6 +242,28 @@ def test_each_process_gets_as_many_tokens_and_micro_batches(monkeypatch, of_each
         assert found == expected[process]
 
 
+def test_an_empty_micro_batch_changes_nothing(tmp_path, monkeypatch):
+    """A process whose rows are used up makes one where others still have some."""
+    share_rows, updates = distributed.share_rows, []
+    run = prepare(tmp_path / "run", "--entropy-coef", "0.1", "--errs", "false")
+    batch = sampled_batch(run)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(1.01)
+    run.optimizer.step = lambda: None
+    for more in ([], [([], True)]):
+        monkeypatch.setattr(distributed, "share_rows", lambda *arguments, more=more: (
+            share_rows(*arguments) + more))
+        updates.append(trainer.update(run, batch))
+    for name in ("entropy", "on_policy", "kl", "policy_loss", "grad_norm"):
+        assert updates[0][name] == pytest.approx(updates[1][name], rel=1e-5), name
+
+
+def test_every_process_makes_as_many_micro_batches(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, 3])
+    assert distributed.micro_batches([10, 10], 20) == [[0, 1], [], []]
+
+
 def test_an_update_without_any_gradient_is_one_of_zeros(tmp_path):
     run = prepare(tmp_path, "--kl-coef", 0)
     batch = sampled_batch(run)
@@ -404,6 +426,12 @@ def with_a_pickle(checkpoint):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Executes()))
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (2, 9, 10):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    assert [runs.step_of(each) for each in runs.find_checkpoints(tmp_path)] == [2, 9, 10]
+
+
 @pytest.mark.parametrize("damage", [cut, without_a_file, without_its_files, of_another_model,
                                     with_a_pickle])
 def test_the_checkpoint_before_a_damaged_one_serves(whole_run, tmp_path, monkeypatch, capsys,
@@ -536,6 +564,23 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(whole_run, tmp_path):
     assert metrics_of(folder) == metrics_of(whole_run)
     assert all(torch.equal(weights_of(folder)[name], tensor)
                for name, tensor in weights_of(whole_run).items())
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
+    folder = tmp_path / "run"
+    script = Script("train.py", *SMALL, "--steps", 500, "--eval-every", 0, "--output-dir", folder,
+                    processes=2)
+    file = folder / "metrics.jsonl"
+    script.wait_until(lambda: file.is_file() and file.read_text())
+    os.kill(script.ranks[1].pid, signal.SIGTERM)
+    for rank in script.ranks:
+        rank.join(60)
+    stuck = any(rank.is_alive() for rank in script.ranks)
+    if stuck:
+        script.signal(signal.SIGKILL)
+    ended = script.finish()
+    assert not stuck and ended.returncode == 0, ended.stderr
+    assert (folder / "checkpoints" / f"step-{len(metrics_of(folder))}").is_dir()
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
@@ -734,6 +779,47 @@ def test_a_resumed_run_cannot_change_options_that_are_newer_than_it(whole_run, t
         prepare(folder, "--resume", "--loss-aggregation", "fixed")
 
 
+def test_metrics_are_those_of_the_batch(tmp_path, monkeypatch):
+    updates, update = [], trainer.update
+    monkeypatch.setattr(trainer, "update", lambda *arguments: (
+        updates.append(update(*arguments)), updates[-1])[1])
+    run = prepare(tmp_path / "run", "--mini-batch-size", 2, "--learning-rate", "1e-3")
+    metrics, batch = trainer.train_step(run, 0, lambda phase: None)
+    rows, advantages = list(batch.rows()), {}
+    for side, end in (("on", ""), ("off", "_off")):
+        mine = [(r, reward) for r, reward, *_ in rows if r.off_policy == bool(end)]
+        assert metrics[f"reward_{side}"] == pytest.approx(fmean(reward for _, reward in mine))
+        assert metrics[f"response_length{end}"] == pytest.approx(
+            fmean(len(r.tokens) for r, _ in mine))
+        assert metrics[f"truncated{end}"] == pytest.approx(fmean(not r.finished for r, _ in mine))
+    assert metrics["errs_accept_rate"] == fmean(accepted for r, _, accepted, *_ in rows
+                                                if r.off_policy)
+    assert metrics["answered"] == fmean(bool(run.final_answer(r.text)) for r, *_ in rows
+                                        if not r.off_policy)
+    assert metrics["tokens_sampled"] == sum(len(r.sampled) for r, *_ in rows)
+    for r, *_, advantage in rows:
+        advantages.setdefault(r.question.index, []).append(advantage)
+    assert metrics["groups_all_equal"] == fmean(not any(each) for each in advantages.values())
+    assert updates[0]["grad_norm"] != updates[1]["grad_norm"]
+    for name in ("kl", "policy_loss", "grad_norm", "clip_fraction", "off_policy_share"):
+        assert metrics[name] == pytest.approx(fmean(u[name] for u in updates))
+    assert metrics["ratio_max"] == max(u["ratio_max"] for u in updates)
+
+
+def test_the_gap_is_the_largest_difference_from_the_sampler(tmp_path, monkeypatch):
+    run, sample = prepare(tmp_path / "run"), trainer.sample_responses
+
+    def sample_otherwise(*arguments):
+        responses = sample(*arguments)
+        for response in responses:
+            response.old_logprobs[0] += 0.5
+        return responses
+
+    monkeypatch.setattr(trainer, "sample_responses", sample_otherwise)
+    metrics, _ = trainer.train_step(run, 0, lambda phase: None)
+    assert metrics["logprob_gap"] == pytest.approx(0.5, abs=1e-3)
+
+
 def test_shares_of_tokens_are_shares_with_every_aggregation(tmp_path):
     for aggregation in ("tokens", "fixed"):
         run = prepare(tmp_path / aggregation, "--loss-aggregation", aggregation)
@@ -757,6 +843,11 @@ def test_the_best_model_is_kept_beside_the_last(tmp_path, monkeypatch):
         load_any_model(str(run.folder / part), torch.device("cpu"), torch.float32)[0].head
         for part in ("best", "checkpoints/step-2", "final"))
     assert torch.equal(best, second) and not torch.equal(best, last)
+    del run   # unlocks its folder
+    kept = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    accuracies = iter([0.5])   # the resumed run knows the 0.6 before
+    trainer.train(prepare(tmp_path / "run", "--eval-every", "1", "--steps", "5", "--resume"))
+    assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == kept
     monkeypatch.undo()
     trainer.train(prepare(tmp_path / "without", "--keep-best", "false", "--steps", "2"))
     assert not (tmp_path / "without" / "best").exists()
@@ -999,10 +1090,11 @@ def test_clip_at_start_counts_on_policy_tokens_beyond_the_clip_range(tmp_path, m
     assert metrics["clip_at_start"] == 2 * len(first) / sum(len(r.tokens) for r in first) > 0
 
 
-def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_sampler_saw_the_demonstrations_and_recomputing_agrees(tmp_path, temperature):
     """The old log-probabilities of off-policy rows are conditional on [D; q]: a second pass over
     these prompts gives the same."""
-    run = prepare(tmp_path / "run")
+    run = prepare(tmp_path / "run", "--temperature", temperature)
     rows = sampled_batch(run).responses
     sampled = [list(row.old_logprobs) for row in rows]
     assert 0 < trainer.recompute_logprobs(run, rows) < 1e-4
@@ -1107,7 +1199,39 @@ def test_ief_off_is_grpo():
             if getattr(options, name) != getattr(grpo, name)} == {"method"}
 
 
-def test_questions_come_once_an_epoch_in_an_order_of_the_seed(tmp_path):
+def test_random_choices_depend_on_seed_step_question_and_place(tmp_path, monkeypatch):
+    """No two responses of a run, evaluations included, have the same stream of random numbers."""
+    asked, orders, demonstrations = [], [], {}
+    generate = trainer.generate
+
+    def listen(*arguments, **settings):
+        asked.append((settings["seed"], settings["stream_ids"]))
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr(trainer, "generate", listen)
+    for seed in (0, 1):
+        run = prepare(tmp_path / str(seed), "--seed", seed, "--n-off", 2, "--n-on", 2,
+                      "--max-new-tokens", 4)
+        orders.append([question.problem.id for question in trainer.draw_questions(run, 0)])
+        run.problems = run.problems[:1]
+        for step in (0, 1):
+            questions = trainer.draw_questions(run, step)
+            demonstrations |= {(seed, step, question.index, j): tuple(each.id for each in drawn)
+                               for question in questions
+                               for j, (drawn, _) in enumerate(question.demos)}
+            trainer.sample_responses(run, questions, step)
+        assert {given for given, _ in asked[-2:]} == {seed}
+        streams = [*range(16), *asked[-2][1], *asked[-1][1]]   # the first are an evaluation's
+        assert len(set(streams)) == len(streams) == 16 + 2 * 4 * (1 + 2)
+    assert orders[0] != orders[1]
+    for part in range(4):
+        alike = {}
+        for key, drawn in demonstrations.items():
+            alike.setdefault(key[:part] + key[part + 1:], set()).add(drawn)
+        assert any(len(each) > 1 for each in alike.values()), part
+
+
+def test_questions_come_once_an_epoch(tmp_path):
     run = prepare(tmp_path / "run")
     run.problems = run.problems[:10]
     questions = [question for step in range(5) for question in trainer.draw_questions(run, step)]

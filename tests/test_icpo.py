@@ -137,6 +137,7 @@ def test_rows_outside_keep_do_not_count():
     ([1.0], None),                           # the group has one row
     ([1.0, 0.0], [True, False]),             # one row is left after rejection
     ([1.0, 0.0], [False, False]),            # all rows are rejected
+    ([1.0, 0.0, math.nan], None),            # a reward is not known
 ])
 def test_groups_without_variation_get_exactly_zero(rewards, keep):
     keep = None if keep is None else tensor(keep)
@@ -247,11 +248,15 @@ def test_mixed_objective_divides_by_weights_below_1():
         pytest.approx(0.85 + 1.0))
 
 
-def test_mixed_objective_has_no_gradient_through_the_old_policy():
+@pytest.mark.parametrize("objective", [
+    mixed_policy_objective, lambda *rows: icpo_loss(*rows)[0],
+    lambda logprobs, ref, *rest: icpo_loss(logprobs, logprobs.detach(), *rest,
+                                           ref_logprobs=ref + 0.1, kl_coef=1.0)[0]])
+def test_no_gradient_goes_through_the_old_policy_or_the_reference(objective):
     logprobs, _, A, mask, off_policy = two_rows()
     logprobs.requires_grad_()
-    objectives = [mixed_policy_objective(logprobs, old, A, mask, off_policy)
-                  for old in (logprobs, logprobs.detach())]
+    objectives = [objective(logprobs, other, A, mask, off_policy)
+                  for other in (logprobs, logprobs.detach())]
     mine, expected = (torch.autograd.grad(each, logprobs)[0] for each in objectives)
     assert torch.equal(mine, expected) and expected.abs().sum() > 0
 
@@ -277,12 +282,16 @@ def test_icpo_loss_matches_hand_calculation():
 
 
 def test_off_policy_clip_after_shaping_is_an_option():
-    # Â < 0. With λ = 1, f(0.5) is 1/3, and the clip raises it to 0.8.
+    # Â < 0. With λ = 1, f(3) is 3/4, and the clip raises it to 0.8.
     logprobs, old, _, mask, off_policy = two_rows()
+    logprobs[1, 0], old[1, 0] = math.log(0.75), math.log(0.25)
     rows = (logprobs, old, tensor([0.0, -1.0], dtype=F64), mask, off_policy)
-    assert icpo_loss(*rows, shaping_lambda=1.0)[0].item() == pytest.approx(0.8 / 3)
-    unclipped = icpo_loss(*rows, shaping_lambda=1.0, clip_off_policy=False)[0]
-    assert unclipped.item() == pytest.approx(1 / 3 / 3)
+    loss, metrics = icpo_loss(*rows, shaping_lambda=1.0)
+    assert loss.item() == pytest.approx(0.8 / 3)
+    assert metrics["clip_fraction_off"].item() == pytest.approx(1 / 3)
+    assert metrics["ratio_max"].item() == pytest.approx(3.0)   # before f
+    unclipped, metrics = icpo_loss(*rows, shaping_lambda=1.0, clip_off_policy=False)
+    assert unclipped.item() == pytest.approx(0.75 / 3) and metrics["clip_fraction_off"] == 0
 
 
 @pytest.mark.parametrize("settings", [
@@ -300,17 +309,17 @@ def test_gradient_matches_finite_differences(settings):
 @pytest.mark.parametrize("denominator", ["behaviour", "one"])
 def test_off_policy_clip_never_binds_for_positive_advantages(lam, denominator):
     """f never exceeds 1 + ε, and min(f·A, clip(f)·A) is f·A where f < 1 − ε and A ≥ 0. So the loss
-    and its gradient equal those without the clip."""
-    log_ratios = torch.linspace(-30, 30, 601, dtype=F64)[None]
+    and its gradient equal those without the clip. The clip does bind in an on-policy row."""
+    log_ratios = torch.linspace(-30, 30, 601, dtype=F64).repeat(2, 1)
     results = []
     for clipped in (True, False):
         logprobs = log_ratios.clone().requires_grad_()
         for A in (0.0, 1.3):
             loss, metrics = icpo_loss(
-                logprobs, torch.zeros_like(log_ratios), tensor([A], dtype=F64),
-                torch.ones_like(log_ratios), tensor([True]), shaping_lambda=lam,
+                logprobs, torch.zeros_like(log_ratios), tensor([A, A], dtype=F64),
+                torch.ones_like(log_ratios), tensor([True, False]), shaping_lambda=lam,
                 off_policy_denominator=denominator, clip_off_policy=clipped)
-            assert metrics["clip_fraction_off"] == 0
+            assert metrics["clip_fraction_off"] == 0 and (metrics["clip_fraction"] > 0) == (A > 0)
             results.append((loss, *torch.autograd.grad(loss, logprobs)))
     for with_clip, without in zip(results[:2], results[2:]):
         assert all(torch.equal(a, b) for a, b in zip(with_clip, without))

@@ -120,7 +120,7 @@ def whole_run(tmp_path_factory):
 ], ids=" ".join)
 def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     """Compares with a loop over single rows, without padding, that computes (RATIO), f, (CLIP),
-    KL and Z from full logits."""
+    KL and Z from full logits. The metrics of the objective are compared, too."""
     run = prepare(tmp_path / "run", "--max-prompt-length", 152, "--micro-batch-tokens", 200,
                   *settings)
     o = run.options
@@ -134,6 +134,7 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
     model.load_state_dict(run.model.state_dict())
 
     loss = torch.zeros(())
+    expected = dict.fromkeys(("policy_loss", "kl", "entropy"), 0.0)
     kept = [(row, advantage) for row, _, _, keep, advantage in batch.rows()
             if keep and (row.finished or not o.mask_truncated)]
     parts = [kept]
@@ -164,15 +165,21 @@ def test_the_gradient_is_that_of_the_objective_row_by_row(tmp_path, settings):
             if row.off_policy and not o.clip_off_policy:
                 objective = ratio * A
             x = ref.detach() - new
-            loss = loss + (o.kl_coef * (x.exp() - x - 1) - objective
-                           - o.entropy_coef * entropy).sum() / Z
+            kl = x.exp() - x - 1
+            loss = loss + (o.kl_coef * kl - objective - o.entropy_coef * entropy).sum() / Z
+            expected["policy_loss"] -= objective.sum().item() / Z
+            # This is a mean over tokens where the loss divides by a fixed number.
+            of_metric = tokens_of_part if o.loss_aggregation == "fixed" else Z
+            expected["kl"] += kl.sum().item() / of_metric if o.kl_coef else 0.0
+            expected["entropy"] += 0.0 if row.off_policy else entropy.sum().item()
     loss.backward()
 
     gradients = {}
     run.optimizer.step = lambda: gradients.update(
         {name: p.grad.clone() for name, p in run.model.named_parameters()})
     o.grad_clip = 1e9
-    trainer.update(run, batch)
+    found = trainer.update(run, batch)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert any(row.off_policy for row, _ in kept) and loss.item() != 0
     for name, parameter in model.named_parameters():
         assert (gradients[name] - parameter.grad).norm() < 2e-4 * parameter.grad.norm(), name

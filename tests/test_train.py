@@ -1025,7 +1025,7 @@ def test_a_run_folder_holds_all_files_and_metrics(whole_run):
     (["--method", "icpo", "--errs-strict", "true"], 4, 20, 16),
     (["--method", "icpo", "--num-demonstrations", "0"], 4, 20, 16),
     (["--method", "icpo-rs", "--errs", "false", "--max-new-tokens", "30", "--alpha", "0.5",
-      "--bonus-steps", "8"], 4, 20, 16),
+      "--bonus-steps", "8", "--bonus-decay", "cosine"], 4, 20, 16),
     (["--delta", "0", "--max-new-tokens", "30"], 4, 20, 16),
     (["--method", "icpo", "--advantage-eps", "0.5", "--std-unbiased", "false",
       "--temperature", "0.5"], 4, 20, 16),
@@ -1037,7 +1037,9 @@ def test_mixed_groups_follow_the_options(tmp_path, arguments, off_policy, sample
     batch = sampled_batch(run, step)
     bonus, rows = batch.bonus, list(batch.rows())
     assert (len(rows), batch.off_policy.sum(), batch.keep.sum()) == (sampled, off_policy, kept)
-    assert bonus == (o.alpha * (1 - step / o.bonus_steps) if o.method == "icpo-rs" else 0.0)
+    # The cosine at 6 of 8 steps; the whole bonus at step 0.
+    gamma = (1 + math.cos(0.75 * math.pi)) / 2 if step else 1.0
+    assert bonus == (o.alpha * gamma if o.method == "icpo-rs" else 0.0)
     for index in range(4):
         group = [row for row in rows if row[0].question.index == index]
         shaped = []
@@ -1054,6 +1056,7 @@ def test_mixed_groups_follow_the_options(tmp_path, arguments, off_policy, sample
                 assert longer == (o.off_policy == "demonstrations" and o.num_demonstrations > 0)
                 if o.off_policy == "dataset":
                     assert row.text == problem.expert_response
+                    assert row.tokens[-1] in run.model.stop_ids
                     assert row.finished and not any(row.old_logprobs)
             else:
                 assert row.behaviour_prompt == prompt

@@ -300,6 +300,15 @@ def test_weights_that_stay_are_gathered_once_and_make_the_same_gradient(tmp_path
         assert torch.equal(of_one[0], of_one[1]) and torch.equal(of_one[0], of_one[2])
 
 
+def test_gradients_are_averaged_in_float32(monkeypatch):
+    policies = []
+    monkeypatch.setattr(distributed, "fully_shard", lambda module, mesh, mp_policy, **more: (
+        policies.append((mp_policy.param_dtype, mp_policy.reduce_dtype))))
+    model, _ = load_model(TINY / "model")
+    distributed.shard(model, model.device, torch.bfloat16, mesh=object())
+    assert set(policies) == {(torch.bfloat16, torch.float32)}
+
+
 @pytest.mark.parametrize("processes, settings, layout", [
     (1, [], ["--recompute-activations", "cheap", "--micro-batch-tokens", "600"]),
     (2, [], ["--micro-batch-tokens", "560"]),

@@ -1194,10 +1194,12 @@ def test_evaluations_in_training_sample_with_their_settings(tmp_path, monkeypatc
     found = []
     monkeypatch.setattr(trainer, "evaluate", lambda *arguments, **how: found.append(how) or [])
     monkeypatch.setattr(trainer, "accuracy_of", lambda records, samples: found.append(samples))
-    trainer.held_out_accuracy(prepare(
+    run = prepare(
         tmp_path / "run", "--eval-temperature", "0.3", "--eval-top-p", "0.9", "--eval-top-k", "5",
-        "--eval-samples", "2", "--temperature", "0.8", "--max-new-tokens", "20"))
+        "--eval-samples", "2", "--temperature", "0.8", "--max-new-tokens", "20")
+    trainer.held_out_accuracy(run)
     how, samples = found
+    assert how["scorer"] is run.scorer
     assert [how[name] for name in ("temperature", "top_p", "top_k", "samples", "max_new_tokens")
             ] == [0.3, 0.9, 5, samples, 20] and samples == 2
 

@@ -1399,13 +1399,14 @@ def test_exclusions_are_counted_and_reported(tmp_path, capsys):
     held_out["problem"] = held_out["problem"].replace("+", " + ")
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows[:20], held_out, long])))
     (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, [rows[3], rows[5], rows[100]])))
-    run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl",
-                  "--demonstrations", tmp_path / "demos.jsonl")
+    (tmp_path / "second.jsonl").write_text(json.dumps(rows[7]))   # held out, too
+    run = prepare(tmp_path / "run", "--train-data", tmp_path / "data.jsonl", "--test-data", "tiny",
+                  tmp_path / "second.jsonl", "--demonstrations", tmp_path / "demos.jsonl")
     said = capsys.readouterr().out
     assert "left out: 1 of 22 training problems with a prompt over 512 tokens" in said
-    assert "left out: 1 of 21 training problems that are held-out ones too" in said
+    assert "left out: 2 of 21 training problems that are held-out ones too" in said
     assert "2 demonstrations contain a question and are never drawn for it" in said
-    assert len(run.problems) == 20
+    assert len(run.problems) == 19
 
 
 def test_a_model_without_an_end_of_text_token_is_refused(tmp_path):

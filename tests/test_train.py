@@ -32,7 +32,15 @@ import runs
 import train as trainer
 from distributed import AdamW, learning_rate, micro_batches, round_at_random
 from model_utils import load_model
-from options import METHODS, TrainingOptions, begin_imports, parse_training, resolve, without_effect
+from options import (
+    METHODS,
+    TrainingOptions,
+    begin_imports,
+    parse_training,
+    resolve,
+    settings_that_stay,
+    without_effect,
+)
 from prepare import load_any_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -870,6 +878,18 @@ def test_the_best_model_is_kept_beside_the_last(tmp_path, monkeypatch):
     # The run goes on; the model of its next evaluation is the best of those that are kept.
     trainer.train(prepare(tmp_path / "without", "--resume", "--keep-best", "--steps", "3"))
     assert (tmp_path / "without" / "best").exists()
+
+
+def test_a_resumed_run_may_change_what_its_remaining_steps_do_not_depend_on():
+    o = TrainingOptions()
+    changes = set(vars(o)) - settings_that_stay(o).keys()
+    assert changes == {
+        "cards", "checkpoint_every", "compile", "compile_blocks", "demo_chat_template", "device",
+        "dry_run", "eval_every", "keep_best", "keep_checkpoints", "log_questions", "max_skipped",
+        "micro_batch_tokens", "offload_reference", "output_dir", "recompute_activations",
+        "report_to", "resume", "reward_timeout", "shard_size", "show_samples", "slots", "steps"}
+    o.normalizer = "micro-batch"
+    assert changes - settings_that_stay(o).keys() == changes - {"micro_batch_tokens"}
 
 
 def test_a_resumed_run_chooses_its_cache_slots_anew(tmp_path):

@@ -1210,6 +1210,22 @@ def test_the_optimiser_has_the_settings_of_its_options(tmp_path):
     assert parse_training(["--steps", "9"], {"lr_decay_steps": 2}).lr_decay_steps == 2
 
 
+@pytest.mark.parametrize("name, options, expected", [
+    ("wrap_blocks", ["--recompute-activations", "cheap", "--compile-blocks"], ["cheap", True]),
+    ("frozen_copy", ["--offload-reference"], [torch.float32, True]),
+    ("Sampler", ["--compile"], [torch.float32, True, False])])
+def test_what_saves_memory_or_time_reaches_what_does_it(tmp_path, monkeypatch, name, options,
+                                                        expected):
+    def call(*arguments):
+        assert list(arguments)[-len(expected):] == expected
+        raise InterruptedError
+
+    monkeypatch.setattr(f"prepare.{name}", call)
+    monkeypatch.setattr("prepare.require", lambda *arguments: None)   # some are for GPUs alone
+    with pytest.raises(InterruptedError):
+        prepare(tmp_path / "run", *options)
+
+
 def test_evaluations_in_training_sample_with_their_settings(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(trainer, "evaluate", lambda *arguments, **how: found.append(how) or [])

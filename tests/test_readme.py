@@ -22,7 +22,7 @@ from icpo import (
     mix_groups,
     policy_shaping,
 )
-from options import EvaluationOptions, TrainingOptions, flag
+from options import EvaluationOptions, TrainingOptions, flag, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,6 +135,22 @@ def test_the_equation_table_has_the_functions_of_icpo():
     public = {name for name, value in vars(icpo).items() if inspect.isfunction(value)
               and value.__module__ == "icpo" and not name.startswith("_")}
     assert set(re.findall(r"`(\w+)`", table)) == public
+
+
+def test_the_defaults_in_the_readme_are_those_of_train():
+    o = resolve(TrainingOptions())
+    table = section("Where the paper's text and the authors' release differ")
+    default = {point: text for point, text in re.findall(r"^\|(.+?) \| (.+?) \| ", table, re.M)}
+    assert default["λ in f"] == f"{o.shaping_lambda}"
+    assert default["KL"] == f"k3, {o.kl_coef}"
+    assert default["bonus"] == f"α = {o.alpha:g}, {o.bonus_decay}, T = all steps"
+    assert default["standard deviation"].startswith(f"unbiased, + {o.advantage_eps:.0e}".replace(
+        "e-0", "e-")) and o.std_unbiased
+    assert (o.off_policy_denominator, o.errs_strict, o.group, o.normalizer, o.old_logprobs) == (
+        "behaviour", False, "replace", "batch", "sampler")
+    assert (o.dual_clip, o.entropy_coef, o.log_ratio_clamp) == (0, 0, 0) and o.clip_off_policy
+    # The runs of its commands have these, too.
+    assert (o.learning_rate, o.weight_decay, o.bonus_steps) == (5e-5, 0.01, o.steps)
 
 
 def anchors(page: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ import prepare
 import train as trainer
 from data import Problem, PromptBuilder, load_problems
 from datafiles import KNOWN, content_hash
-from options import PAPER, TINY, template_arguments
+from options import PAPER, TINY, parse_training, template_arguments
 from reward import make_scorer
 from rowforms import to_fields
 
@@ -241,6 +242,15 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
         load_problems("math-500")
 
 
+def test_the_options_of_data_reach_the_reader(monkeypatch):
+    monkeypatch.setattr(prepare, "load_problems", lambda source, needs, **how: how)
+    o = parse_training(["--answer-lists", "all", "--columns", "problem=q", "--answer-format",
+                        "gsm8k", "--seed", "3"])
+    how = {"answer_lists": "all", "split": "test", "answer_format": "gsm8k", "seed": 3}
+    assert prepare.load_data(o, "x", "test.jsonl", "test") == how | {"columns": {"problem": "q"}}
+    assert prepare.load_data(o, "tiny", "test.jsonl", "test") == how | {"columns": {}}
+
+
 def test_a_prompt_that_ends_in_think_takes_it_from_the_expert_response(tmp_path):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
@@ -261,8 +271,10 @@ def test_a_system_turn_and_template_arguments_reach_the_prompt():
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
         "{% if enable_thinking is defined and not enable_thinking %}quick{% endif %}")
     problem = Problem("1+1", "2")
-    builder = PromptBuilder(tokenizer, "", system="Be brief.",
-                            template_args=template_arguments("enable_thinking=false"))
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=None), generation_config=None)
+    builder = prepare.make_builder(parse_training([
+        "--instruction", "", "--system", "Be brief.", "--template-args", "enable_thinking=false",
+        "--demo-format", "one-turn"]), tokenizer, model)
     assert builder._in_turns(["1+1"]) == "<|system|>Be brief.<|user|>1+1quick"
     assert tokenizer.decode(builder.plain(problem)) == "<|system|>Be brief.<|user|>1+1quick"
     assert template_arguments("a=3, date_string=26 Jul 2024") == {

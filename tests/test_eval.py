@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tiny"))
 import curves
 import eval as evaluation
 import pilot
+import prepare
 import runs
 import train
 from data import Demonstrations, PromptBuilder, load_problems
@@ -25,6 +27,7 @@ from make import make_tokenizer
 from model_utils import load_model
 from options import METHODS, PAPER, EvaluationOptions, parse_evaluation, parse_training
 from prepare import compared_formats, load_any_model, prepare_evaluation
+from reward import make_scorer
 from runs import settings_of_run
 from summary import interval, print_table, summarise
 
@@ -282,6 +285,12 @@ def test_compare_shots_reports_the_change_per_setting(tmp_path):
     assert (tmp_path / "evals/tiny.png").read_bytes().startswith(b"\x89PNG")
     result, = json.loads((tmp_path / TABLE).read_text())["comparison"]
     rows = [json.loads(line) for line in (tmp_path / SAMPLES).read_text().splitlines()]
+    # A second draw without demonstrations has other random numbers, a third another temperature.
+    plain = [(row.get("again"), row["temperature"], row["response"])
+             for row in rows if row["shots"] == 0]
+    draws = [[text for *kind, text in plain if kind == list(each)]
+             for each in dict.fromkeys(row[:2] for row in plain)]
+    assert list(map(len, draws)) == [40] * 3 and len(set(map(tuple, draws))) == 3
     scores = {shots and row.get("demo_format", "one-turn"): [] for row in rows
               for shots in [row["shots"]]}
     for row in rows:
@@ -461,6 +470,30 @@ def test_an_evaluation_samples_with_its_settings(tmp_path, settings, alike):
     assert len(records) == 36 and (len(answers) == 12) == alike
 
 
+def test_the_options_of_the_reward_reach_the_scorer_and_the_votes(tmp_path, monkeypatch):
+    options = ["--answer-format", "tags", "--verify-timeout", "3", "--reward-timeout", "4",
+               "--device", "cpu"]
+    found = []
+
+    def watched(function):
+        def call(*given, **named):
+            found.append(inspect.signature(function).bind(*given, **named).arguments)
+            return function(*given, **named)
+        return call
+
+    monkeypatch.setattr(prepare, "make_scorer", watched(make_scorer))
+    monkeypatch.setattr(evaluation, "summarise", watched(summarise))
+    monkeypatch.setattr(sys, "argv", [
+        "eval.py", *options, "--shots", "0", "--limit", "1", "--max-new-tokens", "2", "--output",
+        str(tmp_path / "a.jsonl")])
+    evaluation.main()
+    with pytest.raises(ValueError, match="no data file"):   # this is found next
+        train.prepare([*options, "--train-data", "gone.jsonl", "--output-dir", str(tmp_path / "b")])
+    names = ("answer_format", "timeout", "reward_timeout")
+    assert [[each.get(name) for name in names] for each in found] == [
+        ["tags", 3, 4], ["tags", 3, None], ["tags", 3, 4]]   # votes call no reward of one's own
+
+
 def test_an_evaluation_of_a_run_asks_as_the_run_did(tmp_path, capsys):
     (tmp_path / "final").mkdir()
     (tmp_path / "config.yaml").write_text(
@@ -490,7 +523,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         runs.find_output(EvaluationOptions(model=str(tmp_path)), [])
 
 
-def test_curves_are_read_summarised_and_drawn(tmp_path):
+def test_curves_are_read_summarised_and_drawn(tmp_path, monkeypatch):
     for name, method, shift in (("a", "icpo", 0.0), ("b", "icpo", 0.2), ("c", "grpo", 0.1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"method: {method}\n")
@@ -504,7 +537,12 @@ def test_curves_are_read_summarised_and_drawn(tmp_path):
     assert curves.series(curves.read_metrics(tmp_path / "a"), "reward_off") == {}
     assert curves.summarise(tmp_path / "a").endswith(
         "a: 10.0% at step 0, 50.0% at step 2, 90 % not reached")
-    curves.draw([tmp_path / name for name in "abc"], tmp_path / "out.png")
+    figure, _ = drawn(monkeypatch, curves, [tmp_path / name for name in "abc"],
+                      tmp_path / "out.png")
+    mean, of_one = (line.get_ydata() for line in figure.axes[1].lines)
+    assert mean == pytest.approx([0.2, 0.3]) and of_one == pytest.approx([0.2, 0.3])
+    band, _ = figure.axes[1].collections   # of steps 1 to 2, from the lowest run to the highest
+    assert band.get_paths()[0].get_extents().extents == pytest.approx([1, 0.1, 2, 0.4])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="is not a run"):
         curves.draw([tmp_path / "none"], tmp_path / "out.png")

@@ -419,7 +419,7 @@ class TrainingOptions(SharedOptions):
     dual_clip: ZeroOrAboveOne = _loss(
         0.0, "bound on the loss of negative advantages (release: 3); 0 is off")
     log_ratio_clamp: NotNegative = _loss(
-        0.0, "bound on the log-ratio (release: 20); 0 is 79, the most that float32 holds")
+        0.0, "bound on the log-ratio (release: 20); 0 is 79, which float32 holds")
     normalizer: Literal["batch", "micro-batch"] = _loss(
         "batch", "Z counts the response tokens of the whole mini-batch, or of each micro-batch, "
         "then averaged (release; the update then depends on the micro-batch size)")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from answers import NeedsAlgebra, equal, last_box, understood
+from answers import NeedsAlgebra, equal, is_undone, last_box, understood
 from data import Problem, load_problems
 from options import AnswerFormat, read_columns
 from own_reward import OwnReward, RewardError
@@ -149,14 +149,14 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0) -> list[di
     for group in groups:
         found: Counter[str] = Counter()
         unsure: dict[tuple[str, str], None] = {}
-        for answer in filter(None, group):
+        for answer in sorted(filter(None, group), key=_undone):   # 12 is no vote for 5+7
             for other in found:
-                try:   # 12 is no vote for 5+7, which would not earn
-                    if settle(other, answer):
+                try:
+                    if settle(answer, other):
                         found[other] += 1
                         break
                 except NeedsAlgebra:
-                    unsure[other, answer] = None
+                    unsure[answer, other] = None
             else:
                 found[answer] += 1
         common = {answer for answer, _ in found.most_common(VOTES)}
@@ -165,10 +165,17 @@ def count_votes(groups: list[list[str | None]], timeout: float = 5.0) -> list[di
     pairs = [pair for each in doubts for pair in each]
     verdicts = iter(compare(pairs, timeout) if pairs else [])
     for found, each in zip(counts, doubts, strict=True):
-        for (other, answer), verdict in zip(each, verdicts, strict=False):
+        for (answer, other), verdict in zip(each, verdicts, strict=False):
             if verdict is True and answer in found and other in found:
                 found[other] += found.pop(answer)
     return [dict(found) for found in counts]
+
+
+def _undone(answer: str) -> bool:
+    try:
+        return len(answer) <= SHORT and is_undone(answer)
+    except Exception:   # as in settle
+        return False
 
 
 def find_unclear(answers: Sequence[str], timeout: float = 5.0) -> list[str]:

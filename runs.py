@@ -552,9 +552,9 @@ def begin_program() -> None:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """The command that continues the run; "…" are the options by which several nodes meet."""
+    """The command that continues the run; "..." are the options by which several nodes meet."""
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    several = f"--nnodes {nodes} … " if nodes > 1 else ""
+    several = f"--nnodes {nodes} ... " if nodes > 1 else ""
     processes = f"--nproc-per-node {world_size() // nodes} " if world_size() > nodes else ""
     return f"torchrun {several}{processes}train.py --resume --output-dir {shlex.quote(str(folder))}"
 

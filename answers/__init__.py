@@ -11,7 +11,7 @@ compared as fractions, exactly; algebra.py, which alone imports sympy, compares 
 """
 
 from answers.box import last_box
-from answers.equality import NeedsAlgebra, equal, understood
+from answers.equality import NeedsAlgebra, equal, is_undone, understood
 from answers.reading import read, tidy
 
-__all__ = ["NeedsAlgebra", "equal", "last_box", "read", "tidy", "understood"]
+__all__ = ["NeedsAlgebra", "equal", "is_undone", "last_box", "read", "tidy", "understood"]

@@ -51,9 +51,9 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
     a = _read_as(a, given, b)
     if a is None:
         return None
-    results = _quantities(b)
-    if results and all(each.value is not None for each in results) and any(
-            each.value is None and left_undone(each.text) for each in _quantities(a)):
+    results = [] if isinstance(b, Relation) else _quantities(b)
+    if results and all(each.value is not None or r"\infty" in each.text for each in results) and (
+            _undone(a)):
         return False
     if isinstance(a, Quantity) and a.unit and (found := spaced_unit(answer)):   # 5 m for 5 meters
         b = found if found.unit == a.unit else b
@@ -71,10 +71,21 @@ def equal(given: str, answer: str, algebra: Algebra = no_algebra) -> bool | None
     return same(a, b, algebra)
 
 
+def is_undone(answer: str) -> bool:
+    """Whether an answer holds a calculation that is left undone."""
+    return _undone(read(tidy(answer)))
+
+
+def _undone(shape: Shape | None) -> bool:
+    return any(each.value is None and left_undone(each.text) for each in _quantities(shape))
+
+
 def _quantities(shape: Any) -> list[Quantity]:
+    shape = shape.value if isinstance(shape, (Named, Relation)) else shape
     if isinstance(shape, Parts):   # 5 \pm 2 is an answer
         return [each for part in shape.parts * (not shape.by_sign) for each in _quantities(part)]
-    shape = shape.value if isinstance(shape, Named) else shape
+    if isinstance(shape, Form) and shape.kind == "choice":
+        return _quantities(read(tidy(shape.parts[1])))
     return [shape] if isinstance(shape, Quantity) else []
 
 

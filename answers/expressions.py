@@ -83,7 +83,10 @@ def has_letters(expression: str) -> bool:
                                                                         expression)))
 
 
-_PLAIN_NUMBER = re.compile(r"\\frac\{[0-9]+\}\{[0-9]+\}|(?<![\w^/])[0-9]+/[0-9]+(?![\w^!/])")
+_BRACKETED = re.compile(r"(?<![\w!)}])\(-?([0-9]+)\)(?![!^])")
+_PLAIN_NUMBER = re.compile(   # 2\frac12 is (2+\frac{1}{2}) here
+    r"\([0-9]+\+\\frac\{[0-9]+\}\{[0-9]+\}\)|\\frac\{-?[0-9]+\}\{-?[0-9]+\}"
+    r"|(?<![\w^/])[0-9]+/[0-9]+(?![\w^!/])")
 _INNERMOST = re.compile(r"[({\[]([^(){}\[\]]*)[)}\]]")
 _BARS = re.compile(r"\||\\[lr](?:floor|ceil|vert)")
 
@@ -94,7 +97,8 @@ def left_undone(expression: str) -> bool:
     A fraction, and an operand of !, ^ or a function, is no part of one: 2^{80}+1, 2\cdot 3! and
     \frac{9!}{2} are as far as they go.
     """
-    text = _PLAIN_NUMBER.sub("1", _BARS.sub("", expression).replace(" ", ""))
+    text = _BRACKETED.sub(r"\1", _BARS.sub("", expression).replace(" ", ""))
+    text = _PLAIN_NUMBER.sub("1", text)
     while inside := _INNERMOST.search(text):
         if _undone(inside[1]):
             return True

@@ -344,8 +344,8 @@ def test_output_to_a_closed_terminal_or_to_nothing_is_dropped():
 
 
 @pytest.mark.parametrize("nodes, processes, expected", [
-    (1, 1, "torchrun "), (1, 8, "torchrun --nproc-per-node 8 "), (2, 2, "torchrun --nnodes 2 … "),
-    (2, 16, "torchrun --nnodes 2 … --nproc-per-node 8 ")])
+    (1, 1, "torchrun "), (1, 8, "torchrun --nproc-per-node 8 "), (2, 2, "torchrun --nnodes 2 ... "),
+    (2, 16, "torchrun --nnodes 2 ... --nproc-per-node 8 ")])
 def test_the_command_that_goes_on_suits_a_shell_and_the_nodes(tmp_path, monkeypatch, nodes,
                                                               processes, expected):
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))

@@ -197,9 +197,10 @@ def test_any_of_several_references_is_right():
 def test_equal_answers_are_one_vote():
     half = r"\frac{2}{\sqrt{16}}"
     groups = [["1", None, "", "2", "2.0", "1"], [half, "3", "0.5", "3", "50%"], ["", None],
-              ["5 cm", "5", "6", "6 cm^2"], ["5+7", "12", "12"]]
+              ["5 cm", "5", "6", "6 cm^2"], ["5+7", "12", "12"],
+              ["12", "5+7", "5+7"]]
     assert count_votes(groups) == [{"1": 2, "2": 2}, {half: 3, "3": 2}, {}, {"5 cm": 2, "6": 2},
-                                   {"5+7": 1, "12": 2}]
+                                   {"5+7": 1, "12": 2}, {"12": 1, "5+7": 2}]
 
 
 def test_votes_cost_a_bounded_number_of_comparisons(monkeypatch):

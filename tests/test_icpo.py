@@ -343,6 +343,29 @@ def test_the_loss_without_off_policy_rows_is_that_of_grpo():
     assert loss.item() == pytest.approx(-total / mask.sum().item())
 
 
+def test_the_loss_of_the_release_is_a_setting():
+    """The authors' release, token by token: an off-policy token has p/(p + 0.1) without a clip, an
+    on-policy one the dual clip, and both a log-ratio of at most 20."""
+    logprobs, old, A, mask, off_policy = random_batch(B=8, spread=2.0)
+    with torch.no_grad():
+        logprobs[0, 0] = old[0, 0] + 25
+    loss, metrics = icpo_loss(
+        logprobs, old, A, mask, off_policy, shaping_lambda=0.1, dual_clip=3.0,
+        off_policy_denominator="one", clip_off_policy=False, log_ratio_clamp=20.0)
+    assert metrics["ratio_max"].item() == pytest.approx(math.exp(20))
+    total, bound = 0.0, 0
+    for i, t in mask.nonzero().tolist():
+        advantage, x = A[i].item(), logprobs[i, t].item()
+        if off_policy[i]:
+            total += math.exp(x) / (math.exp(x) + 0.1) * advantage
+        else:
+            ratio = math.exp(min(max(x - old[i, t].item(), -20.0), 20.0))
+            kept = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            bound += advantage < 0 and kept < 3 * advantage
+            total += max(kept, 3 * advantage) if advantage < 0 else kept
+    assert loss.item() == pytest.approx(-total / mask.sum().item()) and bound
+
+
 @pytest.mark.parametrize("split", [[6], [1] * 6, [2, 4], [5, 1], [3, 3]])
 def test_the_losses_of_any_split_sum_to_the_whole(split):
     logprobs, old, A, mask, off_policy = random_batch()

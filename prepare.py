@@ -195,13 +195,18 @@ def prepare(arguments: list[str]) -> Run:
             o = parse_training(arguments, claim.saved)
         processes, _ = read_cards(o) or (world_size(), 0)
         resolve(o, processes)
+        require(not o.shard_size or processes % o.shard_size == 0,
+                f"--shard-size must divide the number of processes, {processes}, not be "
+                f"{o.shard_size}")
         idle = without_effect(arguments, o)
         if idle and is_main():
             print(f"warning: without effect: {', '.join(idle)}", file=sys.stderr)
         run = _prepare_in(claim.folder, claim.saved, o)
-    except BaseException:
+    except BaseException as error:
         if is_main():
             give_back(claim)
+        if isinstance(error, SystemExit):   # of a dry run; several processes end here
+            leave()
         raise
     if claim.lock is not None and is_main():
         weakref.finalize(run, os.close, claim.lock)
@@ -260,7 +265,6 @@ def _prepare_in(folder: Path, saved: dict | None, o: TrainingOptions) -> Run:
     if o.dry_run:
         if is_main():
             say_dry_run(plan, builder, problems, demonstrations, most, size)
-        leave()   # several processes end here
         sys.exit()
 
     dtype: torch.dtype = getattr(torch, o.dtype)

@@ -94,11 +94,13 @@ def claim_folder(options: TrainingOptions) -> Claim:
                     f"--output-dir")
             return _claim(folder, None, options.resume)
     default = Path("runs") / f"{options.method}-seed{options.seed}"
-    taken = [folder for folder in itertools.takewhile(Path.exists, numbered(default))
-             if (folder / "config.yaml").is_file()]
-    if options.resume and taken:
-        with _usable(taken[-1]):
-            return _claim(taken[-1], _saved_settings(taken[-1]))
+    taken = [folder for folder in default.parent.glob(f"{default.name}*")
+             if re.fullmatch(r"(-\d+)?", folder.name.removeprefix(default.name))
+             and (folder / "config.yaml").is_file()]
+    if options.resume and taken:   # every start writes config.yaml
+        newest = max(taken, key=lambda folder: (folder / "config.yaml").stat().st_mtime_ns)
+        with _usable(newest):
+            return _claim(newest, _saved_settings(newest))
     for folder in numbered(default):
         with _usable(folder), contextlib.suppress(InUse):   # another start may have taken it
             if not folder.exists() or folder.is_dir() and _is_empty(folder):
@@ -203,13 +205,13 @@ def discard(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(path: Path, busy: str, flags: int = 0) -> int | None:
+def _lock(path: Path, busy: str, flags: int = os.O_RDONLY) -> int | None:
     """Holds the file or folder until this process ends or closes the lock, which it returns.
 
     Returns None where the file system has no locks. Raises InUse, which says `busy`, if another
     process holds it.
     """
-    lock = os.open(path, os.O_RDONLY | flags, 0o666)
+    lock = os.open(path, flags, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -234,7 +236,7 @@ def _hold(output: Path) -> None:
         try:
             _held[output] = _lock(
                 file, f"{output} is in use: another evaluation is writing there now",
-                os.O_CREAT | os.O_NOFOLLOW)
+                os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)   # NFS locks no file that is only read
         except OSError as error:
             raise ValueError(f"{file}, the lock, cannot be opened ({error.strerror}): give another "
                              f"--output") from None
@@ -337,7 +339,7 @@ def save_checkpoint(folder: Path, model, optimizer, step: int, keep: int) -> Non
     final = folder / "checkpoints" / f"step-{step}"
     aside = final.with_name(f".{final.name}.partial")
     if is_main():
-        for leftover in (aside, final):   # of an earlier start of this run
+        for leftover in (*final.parent.glob(".step-*.partial"), final):   # of an earlier start
             shutil.rmtree(leftover, ignore_errors=True)
     barrier()
     try:
@@ -375,7 +377,10 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     checkpoint, and if all are damaged.
     """
     checkpoints = on_main(lambda: find_checkpoints(folder.absolute()))
+    damaged = (f"{folder} has no whole checkpoint to go on from; the damaged ones are in "
+               f"{folder / 'checkpoints'}. Give another --output-dir")
     if not checkpoints:
+        require(not on_main(lambda: list((folder / "checkpoints").glob("damaged-step-*"))), damaged)
         require(not (folder / "final").exists(),
                 f"{folder} is a finished run without a checkpoint to go on from")
         return 0
@@ -389,8 +394,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
                        optim_state_dict=optimizer_state)
         optimizer.put_all_away()
         return step_of(checkpoint)
-    raise ValueError(f"{folder} has no whole checkpoint to go on from; the damaged ones are in "
-                     f"{folder / 'checkpoints'}. Give another --output-dir")
+    raise ValueError(damaged)
 
 
 def _set_aside_if_damaged(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> bool:
@@ -663,6 +667,9 @@ def find_output(options: EvaluationOptions, cases: list) -> tuple[Path, dict]:
         with contextlib.suppress(ValueError):
             check_output(output)
             return output, open_output(output, options, cases)
+        lock = _held.pop(output.absolute(), None)   # of a file that holds another evaluation
+        if lock is not None:
+            os.close(lock)
     raise AssertionError("the names are endless")
 
 

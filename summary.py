@@ -38,22 +38,25 @@ def summarise(records: list[dict], samples: int, ks: Sequence[int] = (),
 def accuracy_of(records: list[dict], samples: int) -> dict[str, float]:
     """Returns accuracy, low and high as `summarise` does."""
     scores = [record["score"] for record in records]
-    low, high = interval([fmean(scores[i:i + samples]) for i in range(0, len(scores), samples)])
+    low, high = interval([fmean(scores[i:i + samples]) for i in range(0, len(scores), samples)],
+                         samples)
     return {"accuracy": fmean(scores), "low": low, "high": high}
 
 
-def interval(means: list[float]) -> tuple[float, float]:
+def interval(means: list[float], samples: float = math.inf) -> tuple[float, float]:
     """The 95 % interval of the mean over problems, each with its own mean score.
 
     It is Wilson's interval, which holds near 0 and 1 too, with an effective number of trials that
     matches the observed variance of the problems' means. For scores outside 0 to 1 it is the normal
     interval.
+    samples: answers to each problem. There are no more trials than answers; few problems can have
+        means that are alike by chance.
     """
     n, p = len(means), fmean(means)
     spread, z = (variance(means) / n if n > 1 else 0.0), 1.959964
     if min(means) < 0 or max(means) > 1:
         return p - z * spread ** 0.5, p + z * spread ** 0.5
-    trials = p * (1 - p) / spread if spread else n
+    trials = min(p * (1 - p) / spread, n * samples) if spread else n
     centre = p + z * z / (2 * trials)
     width = z * (p * (1 - p) / trials + (z / (2 * trials)) ** 2) ** 0.5
     low, high = ((centre + side * width) / (1 + z * z / trials) for side in (-1, 1))

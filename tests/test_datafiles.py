@@ -111,6 +111,8 @@ def test_choices_have_a_label_a_text_or_a_place_as_key(choices, key, answer):
     assert problem.startswith("?\nA. ") and not {"{", "'"} & set(problem)
     assert to_fields({"question": "?", "choices": choices, "answer": key}, "boxed", 0)[
         "answer"] == answer
+    row = {"question": "?", "choices": choices, "answer": key, "solution": "It melts."}
+    assert to_fields(row, "boxed", 0)["solution"] == "It melts."
     with pytest.raises(ValueError, match="none of the choices"):
         to_fields({"question": "?", "choices": choices, "answerKey": "E"}, "boxed", 0)
 

@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -69,6 +70,11 @@ def test_a_summary_equals_one_computed_by_hand():
     ([0.5], 0.0546, 0.9454)])
 def test_the_interval_is_wilsons_or_the_normal_one(means, low, high):
     assert interval(means) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_an_interval_counts_no_more_trials_than_answers():
+    means = [16 / 32, 17 / 32, 16 / 32]   # alike by chance
+    assert interval(means, 32) == pytest.approx(interval([1.0] * 49 + [0.0] * 47), abs=1e-3)
 
 
 def test_an_interval_holds_its_mean():
@@ -521,6 +527,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.tempfile, "TemporaryFile", refuse)
     with pytest.raises(ValueError, match="cannot be written .Read-only file system.: give another"):
         runs.find_output(EvaluationOptions(model=str(tmp_path)), [])
+
+
+def test_a_file_of_another_evaluation_stays_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, _ = runs.find_output(EvaluationOptions(), [])
+    os.close(runs._held.pop(path.absolute()))   # as at the end of the process
+    other, _ = runs.find_output(EvaluationOptions(seed=1), [])
+    assert (path.name, other.name) == ("tiny.jsonl", "tiny-2.jsonl")
+    os.close(runs._lock(path.with_name(f".{path.name}.lock"), "busy"))
+    with pytest.raises(runs.InUse):
+        runs._lock(other.with_name(f".{other.name}.lock"), "busy")
 
 
 def test_curves_are_read_summarised_and_drawn(tmp_path, monkeypatch):

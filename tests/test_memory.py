@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -374,12 +373,10 @@ def test_the_time_in_the_page_is_that_of_the_project():
 
 
 def test_a_dry_run_shows_the_first_question_and_writes_nothing(tmp_path):
-    arguments = ["--train-data", "tiny", "--seed", "3", "--device", "cpu", "--output-dir",
-                 tmp_path / "run"]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--dry-run",
-                           *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--train-data", "tiny", "--seed", "3", "--device", "cpu"]
+    done = run_script("train.py", "--dry-run", *arguments, processes=2, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+    arguments += ["--output-dir", tmp_path / "run"]
     question = trainer.draw_questions(trainer.prepare(list(map(str, arguments))), 0)[0]
     for tokens in (question.prompt, question.demos[0][1]):
         assert f"{len(tokens)} tokens:" in done.stdout and f"\n{tokens}\n" in done.stdout
@@ -421,5 +418,7 @@ def test_a_dry_run_needs_neither_weights_nor_gpus(tmp_path, capsys):
     with pytest.raises(ValueError, match="--cards is for --dry-run"):
         trainer.prepare(["--cards", "8x80", "--device", "cpu", "--output-dir",
                          str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="must divide the number of processes, 4, not be 8"):
+        trainer.prepare([*arguments, "--cards", "4x80", "--shard-size", "8"])
     with pytest.raises(ValueError, match="does not divide among 3 processes"):
         trainer.prepare([*arguments, "--cards", "3x80"])

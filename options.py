@@ -413,8 +413,8 @@ class TrainingOptions(SharedOptions):
         "linear", "how the bonus of RS decays")
     bonus_steps: Natural = _method(0, "T of RS, the step at which the bonus ends; 0 is --steps")
 
-    clip_low: FromZeroToOne = _loss(0.2, "epsilon below 1")
-    clip_high: NotNegative = _loss(0.2, "epsilon above 1")
+    clip_low: FromZeroToOne = _loss(0.2, "epsilon of (CLIP) for ratios below 1")
+    clip_high: NotNegative = _loss(0.2, "epsilon of (CLIP) for ratios above 1")
     clip_off_policy: bool = _loss(True, "clip the off-policy term too, after f (release: false)")
     dual_clip: ZeroOrAboveOne = _loss(
         0.0, "bound on the loss of negative advantages (release: 3); 0 is off")
@@ -497,7 +497,8 @@ class TrainingOptions(SharedOptions):
     resume: bool = _run(False, "go on from the newest checkpoint of --output-dir, or of the newest "
                         "run of the default name", free=True)
     checkpoint_every: Natural = _run(
-        20, "write a checkpoint every so many steps; 0 is never", free=True)
+        20, "write a checkpoint every so many steps and after the last; with 0 only when the run "
+        "is stopped", free=True)
     keep_checkpoints: Count = _run(2, "how many checkpoints to keep", free=True)
     dry_run: bool = _run(False, "print the resolved options, the prompts of the first question, "
                          "the memory that the run would take and the time of a step on known GPUs, "
@@ -542,7 +543,7 @@ class EvaluationOptions(SharedOptions):
         "answers without and with demonstrations, and at raised --temperatures; each of these and "
         "of --compare-formats samples answers to all problems once more", free=True)
     compare_formats: list[DemoFormat] = _eval(
-        [], "the --demo-format of --compare-shots, one or several, of which it recommends one "
+        [], "the --demo-format of --compare-shots, one or several; of several it recommends one "
         "(default: all that the tokenizer allows, three with a chat template)", free=True)
     temperatures: list[float] = _eval([1.2, 1.5], "those of --compare-shots", free=True)
     output: str = _run("", "file for every sample, and with .json for the table; samples of the "

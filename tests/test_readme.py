@@ -188,6 +188,15 @@ def test_paths_are_of_files_that_exist_or_that_a_configuration_names(file):
             assert path in named or any(place.is_file() for place in places), path
 
 
+def test_the_page_names_the_options_that_a_resumed_run_may_change():
+    page = (ROOT / "docs" / "survives.md").read_text()
+    listed = page.partition("Beside it, `--resume` may change")[2].partition("All other")[0]
+    free = {flag(each.name) for each in fields(TrainingOptions) if each.metadata["free"]}
+    said = {"--recompute-activations"}   # in the sentence before
+    of_one_call = {"--resume", "--output-dir", "--dry-run", "--cards", "--demo-chat-template"}
+    assert set(re.findall(r"`(--[a-z-]+)`", listed)) == free - said - of_one_call
+
+
 def test_options_in_pages_exist():
     """In pages, comments of configurations and docstrings of scripts alike."""
     known = ELSEWHERE | {flag(each.name) for options in (TrainingOptions, EvaluationOptions)

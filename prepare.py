@@ -205,8 +205,8 @@ def prepare(arguments: list[str]) -> Run:
     except BaseException as error:
         if is_main():
             give_back(claim)
-        if isinstance(error, SystemExit):   # of a dry run; several processes end here
-            leave()
+        if isinstance(error, SystemExit) and not error.code:   # of a dry run
+            leave()   # several processes end here
         raise
     if claim.lock is not None and is_main():
         weakref.finalize(run, os.close, claim.lock)

@@ -120,8 +120,9 @@ def _choices(row: Mapping[str, Any], question: str, choices: Any, key: Any) -> d
     if not 0 <= place < len(texts) <= len(LETTERS):
         raise ValueError(f"the answer {name!r} is none of the choices {labels}")
     own = next((row[each] for each in ("id", "question_id") if row.get(each) is not None), None)
-    worked = {name: row[name] for name in ("solution", "expert_response")
-              if isinstance(row.get(name), str)}
+    # Other columns of these names, such as the place of the right option, are no worked solutions.
+    worked = {each: row[each] for each in ("solution", "expert_response")
+              if type(row.get(each)) is str and row[each].strip() not in ("", name)}
     return {"problem": _with_options(question, texts), "answer": LETTERS[place],
             "id": str(own) if own is not None else None} | worked
 

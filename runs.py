@@ -94,7 +94,7 @@ def claim_folder(options: TrainingOptions) -> Claim:
                     f"--output-dir")
             return _claim(folder, None, options.resume)
     default = Path("runs") / f"{options.method}-seed{options.seed}"
-    taken = [folder for folder in default.parent.glob(f"{default.name}*")
+    taken = [folder for folder in sorted(default.parent.glob(f"{default.name}*"))
              if re.fullmatch(r"(-\d+)?", folder.name.removeprefix(default.name))
              and (folder / "config.yaml").is_file()]
     if options.resume and taken:   # every start writes config.yaml
@@ -233,10 +233,12 @@ def _hold(output: Path) -> None:
     """
     if output not in _held:
         file = output.with_name(f".{output.name}.lock")
+        # NFS locks no file that is only read, but a user may have left one for others to read.
+        how = os.O_RDONLY if file.is_file() and not os.access(file, os.W_OK) else os.O_RDWR
         try:
             _held[output] = _lock(
                 file, f"{output} is in use: another evaluation is writing there now",
-                os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)   # NFS locks no file that is only read
+                how | os.O_CREAT | os.O_NOFOLLOW)
         except OSError as error:
             raise ValueError(f"{file}, the lock, cannot be opened ({error.strerror}): give another "
                              f"--output") from None

@@ -39,7 +39,7 @@ def accuracy_of(records: list[dict], samples: int) -> dict[str, float]:
     """Returns accuracy, low and high as `summarise` does."""
     scores = [record["score"] for record in records]
     low, high = interval([fmean(scores[i:i + samples]) for i in range(0, len(scores), samples)],
-                         samples)
+                         samples if {*scores} <= {0, 1} else math.inf)
     return {"accuracy": fmean(scores), "low": low, "high": high}
 
 
@@ -49,8 +49,8 @@ def interval(means: list[float], samples: float = math.inf) -> tuple[float, floa
     It is Wilson's interval, which holds near 0 and 1 too, with an effective number of trials that
     matches the observed variance of the problems' means. For scores outside 0 to 1 it is the normal
     interval.
-    samples: answers to each problem. There are no more trials than answers; few problems can have
-        means that are alike by chance.
+    samples: answers to each problem, if all scores are 0 or 1. There are no more trials than such
+        answers; few problems can have means that are alike by chance.
     """
     n, p = len(means), fmean(means)
     spread, z = (variance(means) / n if n > 1 else 0.0), 1.959964

@@ -111,8 +111,10 @@ def test_choices_have_a_label_a_text_or_a_place_as_key(choices, key, answer):
     assert problem.startswith("?\nA. ") and not {"{", "'"} & set(problem)
     assert to_fields({"question": "?", "choices": choices, "answer": key}, "boxed", 0)[
         "answer"] == answer
-    row = {"question": "?", "choices": choices, "answer": key, "solution": "It melts."}
-    assert to_fields(row, "boxed", 0)["solution"] == "It melts."
+    row = {"question": "?", "choices": choices, "answer": key}
+    assert to_fields(row | {"solution": "It melts."}, "boxed", 0)["solution"] == "It melts."
+    for other in (str(key), 2, " ", None):   # not worked out
+        assert "solution" not in to_fields(row | {"solution": other}, "boxed", 0)
     with pytest.raises(ValueError, match="none of the choices"):
         to_fields({"question": "?", "choices": choices, "answerKey": "E"}, "boxed", 0)
 

@@ -77,6 +77,12 @@ def test_an_interval_counts_no_more_trials_than_answers():
     assert interval(means, 32) == pytest.approx(interval([1.0] * 49 + [0.0] * 47), abs=1e-3)
 
 
+def test_the_interval_of_partial_scores_follows_their_spread():
+    records = [record(0.5 + 0.05 * (-1) ** i, "7") for i in range(100)]
+    found = summarise(records, samples=1)
+    assert 0.01 < found["high"] - found["low"] < 0.03
+
+
 def test_an_interval_holds_its_mean():
     """Rounding must not put the mean outside, because matplotlib refuses negative error bars."""
     for n in range(1, 300):

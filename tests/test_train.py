@@ -1497,6 +1497,14 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     assert newest.folder.as_posix() == folders[0]
 
 
+def test_a_mistake_in_a_saved_configuration_is_no_success(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("newer: 1\n")
+    monkeypatch.setattr("prepare.leave", lambda: pytest.fail("it ends with status 0"))
+    with pytest.raises(SystemExit) as ended:
+        trainer.prepare(["--resume", "--output-dir", str(tmp_path)])
+    assert ended.value.code == 2
+
+
 # --------------------------------------------------------------------------------------------------
 # Communication, compared with benchmarks/train_step.py
 

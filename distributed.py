@@ -249,8 +249,9 @@ def own_rows(tensor: torch.Tensor) -> slice:
         return slice(None)
     mesh, rows = tensor.device_mesh, tensor.shape[0]
     each = -(-rows // mesh.size(mesh.ndim - 1))
-    begin = min(each * mesh.get_local_rank(mesh.ndim - 1), rows)
-    return slice(begin, min(begin + each, rows))
+    begin = each * mesh.get_local_rank(mesh.ndim - 1)
+    # Of few rows the last processes keep none; safetensors refuses a slice that begins at the end.
+    return slice(begin, min(begin + each, rows)) if begin < rows else slice(0, 0)
 
 
 def sharded_like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

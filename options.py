@@ -41,6 +41,10 @@ Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Range("at least 0", lambda x: x >= 0)]
 NotNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
+# With lower ones logits would overflow.
+Temperature = Annotated[float, Range("above 0, from 1e-6 on", lambda x: x >= 1e-6)]
+TemperatureOrZero = Annotated[float, Range("at least 0, and 0 or from 1e-6 on",
+                                           lambda x: x == 0 or x >= 1e-6)]
 Share = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
 FromZeroToOne = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
@@ -345,7 +349,7 @@ class SharedOptions:
     max_new_tokens: Natural = _sample(
         0, "longest response in tokens; 0 is max_new_tokens of the model's generation_config.json "
         "(48 for the embedded model), else 2048, or fewer if the model has fewer positions")
-    temperature: Positive = _sample(1.0, "of the policy, in sampling and in the objective")
+    temperature: Temperature = _sample(1.0, "of the policy, in sampling and in the objective")
     top_p: Share = _sample(1.0, "keep the likeliest tokens that reach this probability; below 1, "
                            "training needs --old-logprobs recompute")
     top_k: Natural = _sample(0, "sample among the k likeliest tokens; 0 is all, and with another "
@@ -485,7 +489,8 @@ class TrainingOptions(SharedOptions):
         "the last; 0 is never", free=True)
     eval_problems: Natural = _eval(0, "held-out problems to evaluate on; 0 is all")
     eval_samples: Count = _eval(1, "responses to each held-out problem")
-    eval_temperature: NotNegative = _eval(1.0, "as --temperature, in the evaluation; 0 is greedy")
+    eval_temperature: TemperatureOrZero = _eval(1.0, "as --temperature, in the evaluation; 0 is "
+                                                "greedy")
     eval_top_p: Share = _eval(1.0, "as --top-p, in the evaluation")
     eval_top_k: Natural = _eval(0, "as --top-k, in the evaluation; 0 is all")
 
@@ -522,7 +527,7 @@ class EvaluationOptions(SharedOptions):
 
     max_prompt_length: Count = _data(
         4096, "longest prompt in tokens; problems beyond it are left out and counted")
-    temperature: NotNegative | None = _sample(
+    temperature: TemperatureOrZero | None = _sample(
         None, "sampling temperature; 0 is greedy (default: 1)", free=True)
     data: list[str] = _data(
         ["tiny"], f"problems: {SOURCES}, or tiny (the embedded held-out ones); several are rows of "
@@ -683,7 +688,9 @@ def without_effect(arguments: Sequence[str], options: TrainingOptions) -> list[s
              [*off_policy, *demonstrations]),
             ("the off-policy responses are the data's", options.off_policy == "dataset",
              demonstrations),
-            ("--errs is false", not options.errs, ["delta", "errs_strict"]),
+            ("--errs is false", not (options.errs or options.rs or options.off_policy != "none"
+                                     and options.off_policy_when == "all-wrong"),
+             ["delta", "errs_strict"]),
             ("--rs is false", not options.rs, ["alpha", "bonus_steps", "bonus_decay"]),
             ("--shaping is false", not options.shaping, ["shaping_lambda"]),
             ("--lr-schedule is constant", options.lr_schedule == "constant", ["lr_decay_steps"])]

@@ -60,7 +60,7 @@ class OwnReward:
         return self._receive("return")
 
     def _receive(self, what: str) -> Any:
-        if not self.here.poll(self.timeout):
+        if not self.here.poll(min(self.timeout, 2e6)):   # poll counts milliseconds in 31 bits
             self.close()
             raise RewardError(f"the reward {self.name} did not {what} within {self.timeout:g} "
                               f"seconds; --reward-timeout is the limit")
@@ -155,10 +155,10 @@ def _where(error: BaseException, file: str) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the trainer is gone, even in a call that never returns."""
+    """Ends this process and those that it has started when the trainer is gone, even in a call."""
     while os.getppid() == parent:
         time.sleep(1)
-    os._exit(1)
+    os.killpg(os.getpid(), signal.SIGKILL)   # it leads its group
 
 
 def _serve(trainer: Connection, file: str, function: str) -> None:

@@ -567,7 +567,7 @@ def _check_evaluation(o: EvaluationOptions) -> None:
                 f"{name}: {', '.join(map(str, values))} names one twice")
     require(not o.compare_shots or (
         o.shots[0] == 0 and len(o.shots) == 2 and o.temperature not in o.temperatures
-        and min(o.temperatures, default=1) > 0),
+        and min(o.temperatures, default=1) >= 1e-6),
         f"--compare-shots compares --shots 0 with one other number, and with --temperatures above "
         f"0 other than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
 

@@ -63,13 +63,15 @@ class _Worker:
 
     def compare(self, pair: tuple[str, str | None], timeout: float) -> bool | str | None:
         """The verdict on a pair; see compare below."""
-        if line := self._read_line(0.0):   # the child has died since the last comparison
-            self.child = int(line[1])
+        while line := self._read_line(0.0):   # of a new child, or a reply that came too late
+            if line[0] == "ready":
+                self.child = int(line[1])
         self.number += 1
         deadline = time.monotonic() + timeout
         self.input.write(json.dumps([self.number, *pair]).encode() + b"\n")
         self.input.flush()
-        line = self._read_line(deadline)
+        while (line := self._read_line(deadline)) and line[0] not in ("ready", str(self.number)):
+            pass   # the reply to an earlier pair
         if line and line[0] == str(self.number):
             return {"True": True, "False": False}.get(line[1])
         if line[:1] == ["ready"]:   # the child that was asked has died; this is the next one
@@ -93,7 +95,8 @@ class _Worker:
         line, waiting = b"", select.poll()
         waiting.register(self.output, select.POLLIN)
         while not line.endswith(b"\n"):
-            if not waiting.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+            left = 1000 * (deadline - time.monotonic())
+            if not waiting.poll(max(0.0, min(left, 2e9))):   # it takes 31 bits
                 return []
             piece = os.read(self.output, 1)
             if not piece:

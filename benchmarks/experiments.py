@@ -120,7 +120,7 @@ def stoppable_pool(processes: int) -> Iterator[ThreadPoolExecutor]:
     STOPPING.clear()
     try:
         yield pool
-    except (KeyboardInterrupt, RuntimeError, OSError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         with STARTING:
             STOPPING.set()   # Now no process starts when another one ends.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -128,6 +128,8 @@ def stoppable_pool(processes: int) -> Iterator[ThreadPoolExecutor]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()   # train.py finishes its step and writes a checkpoint.
         pool.shutdown()
+        if not isinstance(error, KeyboardInterrupt | RuntimeError | OSError):
+            raise   # Its traceback helps more than its words.
         sys.exit(str(error) or "\nThe script was stopped; the same command resumes it.")
 
 

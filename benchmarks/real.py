@@ -303,7 +303,9 @@ def report(o) -> None:
     words = o.settings["train"].split()
     wanted = int(words[words.index("--steps") + 1])
     for name in SYSTEMS:
-        for folder in sorted((o.output_dir / "runs").glob(f"{folder_of(o, name, 0).name[:-1]}*/")):
+        for folder in sorted((o.output_dir / "runs").glob(f"{folder_of(o, name, 0).name[:-1]}*")):
+            if not folder.is_dir():   # Its log and its clock lie beside it.
+                continue
             seed = int(folder.name.rpartition("seed")[2])
             clocks.append(beside(folder, "seconds"))
             rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []

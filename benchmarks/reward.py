@@ -102,7 +102,7 @@ def compare_references(answers: list[str]) -> dict[str, float]:
         right = score([boxed[j] for j in others], [answers[i]] * len(others))
         accepted |= {tuple(sorted((i, j))) for j, each in zip(others, right, strict=True) if each}
     parsed = [parse(answer) for answer in answers]
-    there = sum(math_verify.verify(a, b) for a, b in tqdm(
+    there = sum(math_verify.verify(a, b) or math_verify.verify(b, a) for a, b in tqdm(
         itertools.combinations(parsed, 2), "Math-Verify", len(pairs), unit="pair", leave=False))
     print(f"{len(answers)} references, {len(pairs)} pairs of them: {len(accepted)} are equal here, "
           f"{there} by Math-Verify. Those here:")

@@ -164,15 +164,17 @@ with stoppable_pool(1) as pool:
     pool.submit(two_processes)
     while not log.is_file() or not log.read_text():
         time.sleep(0.01)
-    raise KeyboardInterrupt
+    raise {error}
 """
 
 
-def test_no_process_starts_after_the_script_is_stopped(tmp_path):
-    log = tmp_path / "log"
-    script = STOPPED.format(root=str(Path(__file__).resolve().parent.parent), log=str(log))
+@pytest.mark.parametrize("error, words", [
+    ("KeyboardInterrupt", "the same command resumes it"), ("KeyError('held-out')", "Traceback")])
+def test_no_process_starts_after_the_script_is_stopped(tmp_path, error, words):
+    log, root = tmp_path / "log", str(Path(__file__).resolve().parent.parent)
+    script = STOPPED.format(root=root, log=str(log), error=error)
     stopped = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    assert stopped.returncode == 1 and "the same command resumes it" in stopped.stderr
+    assert stopped.returncode == 1 and words in stopped.stderr
     assert log.read_text() == "first\n"
 
 

@@ -296,6 +296,15 @@ def test_a_worker_that_dies_is_replaced(fresh, victim):
                      timeout=0.5) == [1.0, 0.0, 1.0]
 
 
+def test_a_reply_that_comes_too_late_is_dropped(fresh):
+    score([HALF], ["0.5"], workers=1)
+    os.kill(verify._workers[0].child, signal.SIGSTOP)   # the next process reads what is sent to it
+    assert score([box("x+2")], ["2+x"], workers=1, timeout=0.3) == [0.0]
+    time.sleep(0.3)
+    pairs = [box("x+3"), box("x+4"), box("x")], ["3+x", "4+x", "2x"]
+    assert score(*pairs, workers=1, timeout=1e7) == [1.0, 1.0, 0.0]
+
+
 def test_threads_take_turns(fresh):
     results = {}
 

@@ -1325,6 +1325,7 @@ def test_other_settings_train(tmp_path, arguments):
      "6 questions does not divide into mini-batches of 4"),
     (["--n-on", "0"], "--n-on must be at least 1, not 0"),
     (["--temperature", "0"], "--temperature must be above 0"),
+    (["--eval-temperature", "1e-7"], "--eval-temperature must be at least 0, and 0 or from 1e-6"),
     (["--n-off", "0"], "--method grpo"),
     (["--method", "grpo", "--rs", "true"], "--rs true acts on off-policy responses"),
     (["--n-on", "1", "--n-off", "2"], "cannot replace"),
@@ -1406,6 +1407,8 @@ def test_what_a_file_says_beside_what_it_implies_stays(tmp_path, of_run, shaping
      ["--n-off 3", "--clip-off-policy false", "--num-demonstrations 0", "--shaping-lambda 0.1"]),
     (["--alpha", "0", "--lr-decay-steps", "10"], ["--alpha 0.0", "--lr-decay-steps 10"]),
     (["--errs", "false", "--delta", "0.5"], ["--delta 0.5"]),
+    (["--method", "icpo-rs", "--errs", "false", "--delta", "0.5"], []),   # it gets the bonus
+    (["--method", "luffy", "--off-policy-when", "all-wrong", "--delta", "0.5"], []),
     ([str(ROOT / "configs" / "qwen3-8b.yaml"), "--method", "grpo"], []),
     (["--method", "luffy", "--demonstrations", "x"], ["--demonstrations x"]),
     (["--method", "icpo-rs", "--alpha", "3", "--steps", "9", "--bonus-steps", "4"], []),

@@ -516,7 +516,7 @@ def test_own_rewards_are_called_and_checked(tmp_path, parameters, body, expected
     file = tmp_path / "own.py"
     file.write_text(f"def mine({parameters}):\n    {body}\n")
     (tmp_path / "beside_it.py").write_text("one = 1")
-    reward = OwnReward(f"{file}:mine", timeout=2.0 if "while" in body else 60.0)
+    reward = OwnReward(f"{file}:mine", timeout=2.0 if "while" in body else 1e9)
     try:
         if isinstance(expected, list):
             assert reward(["a", "bb"], PROBLEMS) == reward(["a", "bb"], PROBLEMS) == expected
@@ -535,6 +535,23 @@ def test_an_own_reward_named_from_its_folder_tells_its_line(tmp_path, monkeypatc
     with pytest.raises(RewardError, match="own.py, line 2, in mine: ZeroDivisionError"):
         reward(["a"], PROBLEMS[:1])
     reward.close()
+
+
+def test_what_an_own_reward_has_started_ends_with_the_trainer(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import subprocess, sys, time\n"
+        "def mine(responses, problems):\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "    print(child.pid, flush=True)\n    time.sleep(60)\n")
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+         "from own_reward import OwnReward\nOwnReward('own.py:mine')([], [])"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(trainer.stdout.readline()))
+    trainer.kill()
+    trainer.communicate(timeout=10)   # until all that write there have ended
+    psutil.wait_procs([child], timeout=5)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("name, content, message", [

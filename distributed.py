@@ -262,6 +262,13 @@ def sharded_like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
                               stride=tensor.stride())
 
 
+def check_shard_size(size: int, processes: int) -> None:
+    """Raises ValueError if groups of `size`, 0 for all, do not divide the number of processes."""
+    if size and processes % size:
+        raise ValueError(f"--shard-size must divide the number of processes, {processes}, not be "
+                         f"{size}")
+
+
 def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype,
           shard_size: int = 0, offload: bool = False, mesh: DeviceMesh | None = None) -> None:
     """FSDP2: splits parameters, gradients and optimiser state over the processes, block by block.
@@ -277,9 +284,7 @@ def shard(model: "Transformer", device: torch.device, compute_dtype: torch.dtype
     number of processes.
     """
     size = shard_size or world_size()
-    if world_size() % size:
-        raise ValueError(f"{world_size()} processes cannot share copies of the weights among "
-                         f"{size} each: shard_size must divide their number")
+    check_shard_size(size, world_size())
     shape, names = (size,), ("shard",)
     if size < world_size():
         shape, names = (world_size() // size, size), ("replicate", "shard")

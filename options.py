@@ -41,7 +41,7 @@ Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Range("at least 0", lambda x: x >= 0)]
 NotNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
-# With lower ones logits would overflow.
+# Logits divided by a lower temperature would overflow.
 Temperature = Annotated[float, Range("above 0, from 1e-6 on", lambda x: x >= 1e-6)]
 TemperatureOrZero = Annotated[float, Range("at least 0, and 0 or from 1e-6 on",
                                            lambda x: x == 0 or x >= 1e-6)]
@@ -684,12 +684,12 @@ def without_effect(arguments: Sequence[str], options: TrainingOptions) -> list[s
     """The options on the command line that change nothing, with the reason. options: resolved."""
     demonstrations = ["num_demonstrations", "demonstrations", "demo_min_chars"]
     off_policy = ["n_off", "off_policy_when", "off_policy_denominator", "clip_off_policy", "group"]
+    all_wrong = options.off_policy != "none" and options.off_policy_when == "all-wrong"
     idle = [("there are no off-policy responses", options.off_policy == "none",
              [*off_policy, *demonstrations]),
             ("the off-policy responses are the data's", options.off_policy == "dataset",
              demonstrations),
-            ("--errs is false", not (options.errs or options.rs or options.off_policy != "none"
-                                     and options.off_policy_when == "all-wrong"),
+            ("--errs is false", not (options.errs or options.rs or all_wrong),
              ["delta", "errs_strict"]),
             ("--rs is false", not options.rs, ["alpha", "bonus_steps", "bonus_decay"]),
             ("--shaping is false", not options.shaping, ["shaping_lambda"]),

@@ -27,6 +27,7 @@ from data import (
 from datafiles import name_of
 from distributed import (
     AdamW,
+    check_shard_size,
     frozen_copy,
     gather_model,
     gather_objects,
@@ -195,9 +196,7 @@ def prepare(arguments: list[str]) -> Run:
             o = parse_training(arguments, claim.saved)
         processes, _ = read_cards(o) or (world_size(), 0)
         resolve(o, processes)
-        require(not o.shard_size or processes % o.shard_size == 0,
-                f"--shard-size must divide the number of processes, {processes}, not be "
-                f"{o.shard_size}")
+        check_shard_size(o.shard_size, processes)
         idle = without_effect(arguments, o)
         if idle and is_main():
             print(f"warning: without effect: {', '.join(idle)}", file=sys.stderr)
@@ -569,7 +568,7 @@ def _check_evaluation(o: EvaluationOptions) -> None:
         o.shots[0] == 0 and len(o.shots) == 2 and o.temperature not in o.temperatures
         and min(o.temperatures, default=1) >= 1e-6),
         f"--compare-shots compares --shots 0 with one other number, and with --temperatures above "
-        f"0 other than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
+        f"0, from 1e-6 on, other than {o.temperature:g}; they are {o.shots} and {o.temperatures}")
 
 
 def load_any_model(path: str, device, dtype, *shard: Callable) -> tuple[Transformer, Any]:

@@ -233,7 +233,7 @@ def _hold(output: Path) -> None:
     """
     if output not in _held:
         file = output.with_name(f".{output.name}.lock")
-        # NFS locks no file that is only read, but a user may have left one for others to read.
+        # NFS locks only a file that is opened for writing; another user's may only be read.
         how = os.O_RDONLY if file.is_file() and not os.access(file, os.W_OK) else os.O_RDWR
         try:
             _held[output] = _lock(
